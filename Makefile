@@ -1,0 +1,38 @@
+# Two commands for everyone: `make demo` and `make test`. Each sets up all it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-slow lint lock clean install
+
+demo: install
+	$(BIN)/unimodal demo -o demo
+
+test: install lint
+	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -m slow --durations=10
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .mypy_path && ln -sfn .. .mypy_path/unimodal  # mypy does not follow import hooks
+	MYPYPATH=.mypy_path $(BIN)/mypy --namespace-packages --explicit-package-bases \
+		-p unimodal.cli -p unimodal.model -p unimodal.pipeline -p unimodal.tokenize
+
+install: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"unimodal needs Python 3.11 or newer, this is {v.major}.{v.minor}: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+# Pins are remade on purpose, not by accident; no index host is written into the file.
+lock:
+	$(BIN)/uv pip compile --quiet --no-emit-index-url --no-header --python-version 3.11 \
+		--extra demo --extra dev --constraint constraints.txt pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv demo

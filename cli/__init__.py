@@ -1,0 +1,1 @@
+"""The `unimodal` command: one file per subcommand; parses, calls, prints."""

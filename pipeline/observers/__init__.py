@@ -1,0 +1,1 @@
+"""What the shared frame pass measures: one observer, one file."""

@@ -1,0 +1,1 @@
+"""The small vision tokenizer that ships with the package (weights, configuration, card)."""

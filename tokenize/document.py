@@ -1,0 +1,274 @@
+"""What a legal sequence looks like: one description for serializer, parser and sampler.
+
+    document     = [BOS] (text | vision block)* [EOS]
+    vision block = BOI meta IMG (frame EOF)+ EOI          an image has one frame
+    frame        = (W codes EOL) * H                       EOL ends every row, the last one too
+
+`meta` is text. For an image it is `H*W` in codes, height first, as in Emu3 (arXiv 2409.18869).
+Emu3's format for video is unpublished; ours is `T*H*W@fps`: T latent frames of 4 pictures each,
+and pictures per second, so that the duration is 4 T / fps seconds.
+
+Given the meta, a block has no freedom but its codes. `block_template` writes that down once: the
+serializer fills it in, the parser compares with it, and the sampler draws only where it is FREE.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unimodal.pipeline.errors import UnimodalError
+from unimodal.tokenize.vocabulary import Vocabulary
+
+FREE = -1
+"""Stands in a template where a vision code goes."""
+
+# At most six digits for a side keeps a hostile meta from asking for astronomically many ids.
+_META = re.compile(r"(?:(\d{1,6})\*)?(\d{1,6})\*(\d{1,6})(?:@(\d{1,4}(?:\.\d{1,3})?))?", re.ASCII)
+
+
+class DocumentError(UnimodalError):
+    """The ids are no legal document, or a segment cannot be written as ids."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A stretch of text."""
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """Vision codes [H, W] of one still image."""
+
+    codes: np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Image) and np.array_equal(self.codes, other.codes)
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """Vision codes [T, H, W] of T latent frames, and the rate of the pictures they stand for.
+
+    `fps` is kept to a thousandth, which is what the meta text carries.
+    """
+
+    codes: np.ndarray
+    fps: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fps", round(float(self.fps), 3))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Video):
+            return False
+        return self.fps == other.fps and np.array_equal(self.codes, other.codes)
+
+
+Segment = Text | Image | Video
+
+
+def generation(caption: str, vision: Image | Video) -> list[Segment]:
+    """Segments of a document that teaches to draw: caption first."""
+    return [Text(caption), vision]
+
+
+def understanding(caption: str, vision: Image | Video) -> list[Segment]:
+    """Segments of a document that teaches to describe: caption last."""
+    return [vision, Text(caption)]
+
+
+def meta_text(height: int, width: int, frames: int | None = None, fps: float | None = None) -> str:
+    """`H*W`, or `T*H*W@fps` for a video; sizes in codes, `fps` without needless digits."""
+    sides = (height, width) if frames is None else (frames, height, width)
+    if not all(1 <= side <= 999_999 for side in sides):
+        raise DocumentError(f"a vision block of {'x'.join(map(str, sides))} codes is not possible")
+    if frames is None:
+        return f"{height}*{width}"
+    if fps is None or not 0.001 <= fps < 10_000:
+        raise DocumentError(f"a video needs a rate between 0.001 and 10000 fps, not {fps}")
+    rate = f"{fps:.3f}".rstrip("0").rstrip(".")
+    return f"{frames}*{height}*{width}@{rate}"
+
+
+def block_length(
+    vocabulary: Vocabulary,
+    height: int,
+    width: int,
+    frames: int | None = None,
+    fps: float | None = None,
+) -> int:
+    """Number of ids in a vision block, without building it."""
+    meta = vocabulary.text.encode(meta_text(height, width, frames, fps))
+    return len(meta) + 3 + (frames or 1) * (height * (width + 1) + 1)
+
+
+def block_template(
+    vocabulary: Vocabulary,
+    height: int,
+    width: int,
+    frames: int | None = None,
+    fps: float | None = None,
+) -> np.ndarray:
+    """The whole vision block, BOI to EOI, with FREE in place of every code.
+
+    `height`, `width` and `frames` count codes (`frames` latent frames of 4 pictures; None means
+    a still image), `fps` pictures. Returns int64 [block_length]. Raises `DocumentError` for
+    sizes that no block can have.
+    """
+    meta = vocabulary.text.encode(meta_text(height, width, frames, fps))
+    row = np.full(width + 1, FREE, np.int64)
+    row[-1] = vocabulary.eol
+    frame = np.append(np.tile(row, height), vocabulary.eof)
+    return np.concatenate(
+        [
+            [vocabulary.boi, *meta, vocabulary.img],
+            np.tile(frame, frames or 1),
+            [vocabulary.eoi],
+        ]
+    ).astype(np.int64)
+
+
+def serialize(
+    segments: Iterable[Segment], vocabulary: Vocabulary, bos: bool = True, eos: bool = True
+) -> np.ndarray:
+    """Ids of a document, int64 [S].
+
+    Raises `DocumentError` for codes of a wrong shape or outside the codebook.
+    """
+    pieces: list[np.ndarray] = []
+    if bos:
+        pieces.append(np.array([vocabulary.bos]))
+    for segment in segments:
+        if isinstance(segment, Text):
+            pieces.append(np.array(vocabulary.text.encode(segment.text), np.int64))
+        else:
+            pieces.append(_block(segment, vocabulary))
+    if eos:
+        pieces.append(np.array([vocabulary.eos]))
+    return np.concatenate([np.zeros(0, np.int64), *pieces]).astype(np.int64)
+
+
+def _block(segment: Image | Video, vocabulary: Vocabulary) -> np.ndarray:
+    codes = np.asarray(segment.codes)
+    if codes.dtype.kind not in "iu" or codes.ndim != (2 if isinstance(segment, Image) else 3):
+        want = "[H, W]" if isinstance(segment, Image) else "[T, H, W]"
+        raise DocumentError(
+            f"{type(segment).__name__} needs whole-number codes {want}, "
+            f"not {codes.dtype} {list(codes.shape)}"
+        )
+    if isinstance(segment, Image):
+        template = block_template(vocabulary, *codes.shape)
+    else:
+        frames, height, width = codes.shape
+        template = block_template(vocabulary, height, width, frames, segment.fps)
+    if codes.min() < 0 or codes.max() >= vocabulary.codebook_size:
+        raise DocumentError(
+            f"code {codes.max() if codes.min() >= 0 else codes.min()} is outside the codebook of "
+            f"{vocabulary.codebook_size}: the codes are from another vision tokenizer"
+        )
+    template[template == FREE] = codes.reshape(-1).astype(np.int64) + vocabulary.vision_start
+    return template
+
+
+def parse(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[Segment]:
+    """Segments of a document: the inverse of `serialize`.
+
+    BOS, EOS and PAD behind them may be there or not. Texts that follow one another come back as
+    one. Raises `DocumentError` naming the position (counted from 0) of the first illegal id.
+    """
+    ids = np.asarray(ids, np.int64).reshape(-1)
+    end = len(ids)
+    while end and ids[end - 1] == vocabulary.pad:
+        end -= 1
+    if end and ids[end - 1] == vocabulary.eos:
+        end -= 1
+    position = 1 if end and ids[0] == vocabulary.bos else 0
+    text = vocabulary.is_text(ids)
+    segments: list[Segment] = []
+    while position < end:
+        if ids[position] == vocabulary.boi:
+            segment, position = _parse_block(ids, position, end, vocabulary)
+            segments.append(segment)
+        elif text[position]:
+            stop = position + _run(text[position:end])
+            segments.append(Text(vocabulary.text.decode(ids[position:stop].tolist())))
+            position = stop
+        else:
+            raise DocumentError(
+                f"position {position}: {_describe(ids[position], vocabulary)} outside a block"
+            )
+    return segments
+
+
+def _parse_block(
+    ids: np.ndarray, start: int, end: int, vocabulary: Vocabulary
+) -> tuple[Image | Video, int]:
+    """The block whose BOI is at `start`, and the position behind its EOI."""
+    opening = start + 1 + _run(vocabulary.is_text(ids[start + 1 : end]))
+    if opening == end or ids[opening] != vocabulary.img:
+        found = "the end" if opening == end else _describe(ids[opening], vocabulary)
+        raise DocumentError(f"position {opening}: {found} where the block's IMG should be")
+    meta = vocabulary.text.decode(ids[start + 1 : opening].tolist()).strip()
+    match = _META.fullmatch(meta)
+    if match is None or (match[1] is None) != (match[4] is None):
+        raise DocumentError(f"position {start + 1}: {meta[:40]!r} is neither H*W nor T*H*W@fps")
+    frames, fps = (int(match[1]), float(match[4])) if match[1] else (None, None)
+    height, width = int(match[2]), int(match[3])
+    try:
+        # Known from the numbers alone: no array is made for a size that the ids cannot hold.
+        stop = start + block_length(vocabulary, height, width, frames, fps)
+        if stop > end:
+            raise DocumentError(f"{meta} needs {stop - end} more ids than there are")
+        template = block_template(vocabulary, height, width, frames, fps)
+    except DocumentError as error:
+        raise DocumentError(f"position {start}: {error}") from None
+    block = ids[start:stop]
+    free = template == FREE
+    wrong = np.where(free, ~vocabulary.is_vision(block), block != template)
+    if wrong.any():
+        at = int(wrong.argmax())
+        want = "a vision code" if free[at] else _describe(template[at], vocabulary)
+        raise DocumentError(
+            f"position {start + at}: {_describe(block[at], vocabulary)} "
+            f"where {want} should be in a block of {meta}"
+        )
+    codes = block[free] - vocabulary.vision_start
+    if frames is None or fps is None:
+        return Image(codes.reshape(height, width)), stop
+    return Video(codes.reshape(frames, height, width), fps), stop
+
+
+def loss_weights(ids: np.ndarray, vocabulary: Vocabulary, vision_weight: float) -> np.ndarray:
+    """Weight of each id as a target of next-token prediction; float32, shape of `ids` [..., S].
+
+    Text and EOS weigh 1. A vision block weighs `vision_weight` from BOI to EOI: codes, and also
+    meta, EOL and EOF, which say nothing of their own (Emu3 does not publish how it counts them).
+    BOS is never predicted from anything and PAD is no content: both weigh 0. A document may be
+    cut before or behind a block, never inside.
+    """
+    opened = np.cumsum(ids == vocabulary.boi, axis=-1)
+    closed = np.cumsum(ids == vocabulary.eoi, axis=-1) - (ids == vocabulary.eoi)
+    weights = np.where(opened > closed, np.float32(vision_weight), np.float32(1))
+    weights[(ids == vocabulary.bos) | (ids == vocabulary.pad)] = 0
+    return weights.astype(np.float32)
+
+
+def _run(mask: np.ndarray) -> int:
+    """How many True stand at the front of `mask`."""
+    return len(mask) if mask.all() else int(mask.argmin())
+
+
+def _describe(token: int, vocabulary: Vocabulary) -> str:
+    """How an error calls one id."""
+    for name, value in vocabulary.specials.items():
+        if token == value:
+            return name.upper()
+    if vocabulary.vision_start <= token < vocabulary.vision_start + vocabulary.codebook_size:
+        return f"vision code {token - vocabulary.vision_start}"
+    return f"text id {token}" if 0 <= token < vocabulary.text.size else f"unknown id {token}"

@@ -20,3 +20,7 @@ class UsageError(UnimodalError):
 
 class MediaError(UnimodalError):
     """One source cannot be read; the source goes to quarantine with this reason."""
+
+    def __init__(self, reason: str, path: object = None) -> None:
+        super().__init__(reason if path is None else f"{path}: {reason}")
+        self.reason = reason

@@ -1,0 +1,142 @@
+"""A clip is a row, never bytes: a still image, or a span of a video, and all that is known of it.
+
+    uri, start_pts, end_pts   where it is          flow_mean, luma_mean, …   what was measured
+    uid                       who it is            captions, verdict         what follows from it
+
+`uid` follows from the bytes of the source and the span, not from the path: a moved file keeps
+its ids, and every join in the pipeline is by uid. For an image the video-only columns are null.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unimodal.pipeline.files import atomic
+
+Kind = Literal["image", "video"]
+
+KEYFRAME = pa.struct(
+    [
+        pa.field("member", pa.string()),  # name in the part's frames tar
+        pa.field("time_s", pa.float64()),  # null for an image
+        pa.field("scoring", pa.bool_()),  # one of the (at most) 3 that scorers read
+        pa.field("hash", pa.uint64()),  # 64-bit perceptual hash
+    ]
+)
+
+CAPTION = pa.struct(
+    [
+        pa.field("style", pa.string()),  # "sidecar", "given", "subtitle", later "short", "dense", …
+        pa.field("lang", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("start_s", pa.float64()),  # null: it speaks of the whole clip
+        pa.field("end_s", pa.float64()),
+        pa.field("model", pa.string()),  # null: written by people
+        pa.field("prompt_hash", pa.string()),
+        pa.field("status", pa.string()),
+    ]
+)
+
+SPAN = pa.schema(
+    [
+        pa.field("uid", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("source_sha256", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        # Seconds from the source's first frame; the end is exclusive.
+        pa.field("start_s", pa.float64()),
+        pa.field("end_s", pa.float64()),
+        pa.field("duration_s", pa.float64()),
+        # Presentation time stamps in ticks of time_base, as the container has them.
+        pa.field("start_pts", pa.int64()),
+        pa.field("end_pts", pa.int64()),
+        pa.field("time_base", pa.string()),  # "1/12800"
+        pa.field("starts_at", pa.string()),  # why it starts there: source | cut | split
+        pa.field("ends_at", pa.string()),
+        # As shown: rotation metadata, EXIF orientation and pixel aspect are applied.
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("fps", pa.float64()),
+        pa.field("frames", pa.int64()),
+        pa.field("codec", pa.string()),
+        # Box without letterbox bars, in shown pixels, half open; the whole frame if it has none.
+        pa.field("crop_x0", pa.int32()),
+        pa.field("crop_y0", pa.int32()),
+        pa.field("crop_x1", pa.int32()),
+        pa.field("crop_y1", pa.int32()),
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        # Optical flow: mean displacement between samples, as a fraction of the short side.
+        pa.field("flow_mean", pa.float64()),
+        pa.field("flow_median", pa.float64()),
+        pa.field("flow_p90", pa.float64()),
+        # Light, in grey levels 0..255 where a unit applies.
+        pa.field("luma_mean", pa.float64()),
+        pa.field("contrast", pa.float64()),  # standard deviation of luma within a frame
+        pa.field("blur", pa.float64()),  # variance of the Laplacian at short side 256; low = blurred
+        pa.field("colorfulness", pa.float64()),  # Hasler and Süsstrunk 2003; 0 = grey
+        pa.field("black_ratio", pa.float64()),  # share of frames that are black
+        pa.field("freeze_ratio", pa.float64()),  # share of sampled pairs without any change
+        pa.field("flash_ratio", pa.float64()),  # share of frames that jump in brightness
+    ]
+)
+
+WATCH = pa.schema([*SPAN, *SCORES, pa.field("keyframes", pa.list_(KEYFRAME))])
+"""What the watch stage writes for a part."""
+
+CLIPS = pa.schema(
+    [
+        pa.field("part", pa.string(), nullable=False),
+        *WATCH,
+        pa.field("aliases", pa.list_(pa.string())),  # other paths with the same bytes
+        pa.field("captions", pa.list_(CAPTION)),  # by precedence: the first is the one to use
+        pa.field("meta", pa.map_(pa.string(), pa.string())),  # columns that came along
+        pa.field("verdict", pa.string(), nullable=False),  # keep | drop
+        pa.field("reasons", pa.list_(pa.string())),  # stage:score:threshold, empty when kept
+    ]
+)
+"""The joined view, clips.parquet: sorted by uri, then start_pts."""
+
+QUARANTINE = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("part", pa.string()),
+    ]
+)
+"""What could not be read, and why."""
+
+
+def clip_uid(source_sha256: str, start_pts: int, end_pts: int, time_base: Fraction) -> str:
+    """Name of a span of a video, 32 hex digits: equal bytes and equal ticks give equal names."""
+    span = f"{start_pts}:{end_pts}:{time_base.numerator}/{time_base.denominator}"
+    return hashlib.sha256(f"{source_sha256}:{span}".encode()).hexdigest()[:32]
+
+
+def image_uid(source_sha256: str) -> str:
+    """Name of a still image, 32 hex digits."""
+    return hashlib.sha256(f"{source_sha256}:image".encode()).hexdigest()[:32]
+
+
+def table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows to a table of exactly `schema`; keys that a row lacks are null."""
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+
+
+def write_parquet(rows: pa.Table, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a table so that it appears whole or not at all; equal tables give equal bytes."""
+    if metadata:
+        rows = rows.replace_schema_metadata(dict(metadata))
+    with atomic(path) as temporary:
+        pq.write_table(rows, temporary, compression="zstd", use_dictionary=True)

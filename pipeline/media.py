@@ -1,0 +1,478 @@
+"""Open, measure and read media that nobody vouches for.
+
+Every frame of the project comes through here: the curation pass, keyframes and tokenizing read
+the same pixels at the same times. Rules of the house:
+
+- What a file is follows from its first bytes, never from its name. FFmpeg may use only the
+  container formats and the one protocol listed below, so a playlist cannot open other files.
+- Sizes are known and bounded before a pixel is decoded.
+- Times are presentation time stamps (PTS) in the container's ticks. Frame index / fps is wrong
+  for variable frame rates and is not used.
+- Pixels are as a person would see them: rotation metadata, EXIF orientation and pixel aspect
+  applied, transparency on white, 8 bits of RGB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unimodal.pipeline.clips import Kind
+from unimodal.pipeline.errors import MediaError
+from unimodal.pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    import av
+    from PIL.Image import Image
+
+VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,h264,hevc,ivf,y4m,yuv4mpegpipe,nut,dv,rm"
+"""FFmpeg demuxers that may open a file: self-contained ones. No hls, concat, dash, sdp, image2,
+lavfi or subtitle formats, which name other files, the network or devices."""
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Pillow decoders that may open a file. EPS is left out: it would start another program."""
+
+ANIMATED_FORMATS = frozenset({"GIF", "WEBP", "PNG", "AVIF"})
+"""Image formats that are videos when they hold more than one frame (TIFF pages are not time)."""
+
+_IMAGE_MAGIC = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0")
+_IMAGE_BRANDS = {b"avif", b"avis"}
+_HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
+
+MILLISECOND = Fraction(1, 1000)
+
+
+class Limits(Settings):
+    """Bounds on what is decoded; a source beyond one is quarantined before it is read."""
+
+    max_image_pixels: int = 100_000_000
+    """Width times height of an image."""
+    max_video_pixels: int = 36_000_000
+    """Width times height of a video frame (8K is 33 million)."""
+    max_frames: int = 4_000_000
+    """Frames of one video (37 hours at 30 a second)."""
+    max_image_bytes: int = 500_000_000
+    """Size of an image file."""
+    max_damage: float = 0.02
+    """Share of a video's packets that may fail to decode before it counts as broken."""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a source says of itself before it is decoded."""
+
+    kind: Kind
+    width: int  # as shown
+    height: int
+    codec: str
+    animated: bool = False  # a video that Pillow reads: GIF, WebP, APNG, AVIF
+    fps: float | None = None
+    duration_s: float | None = None  # as declared; None when the container does not say
+
+
+@dataclass
+class Frame:
+    """One decoded frame, still in the decoder's size and colour format."""
+
+    pts: int
+    duration: int  # ticks; 0 when unknown
+    image: av.VideoFrame
+
+
+@dataclass
+class Video:
+    """An opened video: its geometry, and one way through its frames.
+
+    `damaged` counts packets that could not be decoded so far. `frames()` may be called once.
+    """
+
+    path: Path
+    probe: Probe
+    time_base: Fraction
+    coded: tuple[int, int]  # width, height of decoded frames
+    turns: int  # quarter turns counter-clockwise that bring a decoded frame upright
+    limits: Limits
+    container: Any = None
+    stream: Any = None
+    damaged: int = 0
+    packets: int = 0
+    scaler: Scaler = field(default_factory=lambda: Scaler())
+    source: Iterator[Frame] | None = None  # where frames() goes on
+
+    def seek(self, pts: int) -> bool:
+        """Go to the key frame before `pts`, if the container can; false if it cannot."""
+        import av
+
+        if self.container is None:
+            return False
+        try:
+            self.container.seek(pts, stream=self.stream, backward=True)
+        except av.error.FFmpegError:
+            return False
+        self.source = self.decode()
+        return True
+
+    def frames(self) -> Iterator[Frame]:
+        """Frames in presentation order with strictly rising PTS; raises `MediaError`."""
+        source = self.source if self.source is not None else self._animation()
+        last: int | None = None
+        count = late = 0
+        for frame in source:
+            count += 1
+            if count > self.limits.max_frames:
+                raise MediaError(f"more than {self.limits.max_frames} frames", self.path)
+            if last is not None and frame.pts <= last:
+                late += 1  # a clock that runs backwards cannot be cut: the frame is passed over
+                if late > 100 and late * 2 > count:
+                    raise MediaError("its time stamps do not rise", self.path)
+                continue
+            last = frame.pts
+            yield frame
+
+    def upright(self, frame: Frame, size: tuple[int, int], format: str) -> np.ndarray:
+        """The frame as shown, scaled to `size` (width, height): uint8 [H, W] or [H, W, 3]."""
+        width, height = size if self.turns % 2 == 0 else size[::-1]
+        array = self.scaler(frame.image, width, height, format)
+        return np.ascontiguousarray(np.rot90(array, self.turns)) if self.turns else array
+
+    def check_complete(self, first_pts: int, end_pts: int) -> None:
+        """Raise `MediaError` if the frames that came are not what the container promised."""
+        if self.damaged > max(1, self.limits.max_damage * self.packets):
+            raise MediaError(
+                f"damaged: {self.damaged} of {self.packets} packets cannot be decoded", self.path
+            )
+        declared = self.probe.duration_s
+        if declared is None or self.probe.animated:
+            return
+        got = float((end_pts - first_pts) * self.time_base)
+        if declared - got > max(1.0, 0.05 * declared):
+            raise MediaError(
+                f"truncated: {got:.1f} s of the promised {declared:.1f} s can be decoded", self.path
+            )
+
+    def decode(self) -> Iterator[Frame]:
+        """Every frame that comes out of the container from where it stands, in any PTS order."""
+        import av
+
+        demuxer = self.container.demux(self.stream)
+        previous = -1
+        while True:
+            try:
+                packet = next(demuxer)
+            except StopIteration:
+                return
+            except av.error.FFmpegError:
+                self.damaged += 1  # the container itself breaks off here
+                return
+            self.packets += 1
+            try:
+                images = packet.decode()
+            except av.error.FFmpegError:
+                self.damaged += 1
+                continue
+            for image in images:
+                if image.is_corrupt:
+                    self.damaged += 1
+                pts = image.pts if image.pts is not None else image.dts
+                if pts is None:
+                    pts = previous + max(1, image.duration or 1)
+                previous = pts
+                yield Frame(pts, image.duration or 0, image)
+
+    def _animation(self) -> Iterator[Frame]:
+        import av
+
+        pts = 0
+        with _pillow(self.path) as image:
+            for index in range(getattr(image, "n_frames", 1)):
+                try:
+                    image.seek(index)
+                    rgb = to_rgb(image)
+                except (EOFError, OSError, SyntaxError, ValueError) as error:
+                    raise MediaError(
+                        f"truncated: frame {index} cannot be read ({error})", self.path
+                    ) from error
+                # Browsers show frames of 10 ms and less for 100 ms; so must we, to show the same.
+                declared = float(image.info.get("duration") or 0)
+                ticks = round(declared) if declared > 10 else 100
+                yield Frame(pts, ticks, av.VideoFrame.from_ndarray(rgb, format="rgb24"))
+                pts += ticks
+
+
+class Scaler:
+    """swscale with one context per size, as the library wants for speed."""
+
+    def __init__(self) -> None:
+        self._contexts: dict[tuple[int, int, str, int], Any] = {}
+
+    def __call__(
+        self, image: av.VideoFrame, width: int, height: int, format: str, fast: bool = False
+    ) -> np.ndarray:
+        """Scale a decoded frame: uint8 [H, W] for "gray", [H, W, 3] for "rgb24" and "bgr24".
+
+        `fast` reads two source lines per output line and does not low-pass, which is what
+        cv2.resize(INTER_LINEAR) does and thus what PySceneDetect sees.
+        """
+        from av.video.reformatter import Interpolation, VideoReformatter
+
+        how = Interpolation.FAST_BILINEAR if fast else Interpolation.BILINEAR
+        key = (width, height, format, int(how))
+        if key not in self._contexts:
+            self._contexts[key] = VideoReformatter()
+        scaled = self._contexts[key].reformat(
+            image, width=width, height=height, format=format, interpolation=how, threads=1
+        )
+        return scaled.to_ndarray()
+
+
+def probe(path: Path, limits: Limits = DEFAULT_LIMITS) -> Probe:
+    """What `path` is, from its bytes and headers alone; raises `MediaError` with the reason."""
+    if _is_image(path):
+        return _probe_image(path, limits)
+    with open_video(path, limits) as video:
+        return video.probe
+
+
+def read_image(path: Path | str, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+    """A still image as it is shown: uint8 RGB [H, W, 3]; raises `MediaError` with the reason."""
+    path = Path(path)
+    if not _is_image(path):
+        raise MediaError("not an image", path)
+    _probe_image(path, limits)
+    with _pillow(path) as image:
+        try:
+            return to_rgb(image)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise MediaError(f"the image cannot be decoded: {error}", path) from error
+
+
+def iter_frames(
+    path: Path | str,
+    start_pts: int | None = None,
+    end_pts: int | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Frames of a video with start_pts <= PTS < end_pts, as shown: (pts, uint8 RGB [H, W, 3]).
+
+    One seek to the key frame before the span, then decoding in sequence. `size` is (height,
+    width); by default the size at which the video is shown. Raises `MediaError`.
+    """
+    path = Path(path)
+    for seek in (start_pts is not None, False):
+        with open_video(path, limits) as video:
+            shown = (video.probe.width, video.probe.height) if size is None else size[::-1]
+            if seek and not video.seek(start_pts or 0):
+                continue
+            frames = video.frames()
+            first = next(frames, None)
+            if seek and (first is None or first.pts > (start_pts or 0)):
+                continue  # the index led past the span, or nowhere: from the beginning then
+            for frame in chain([first] if first else [], frames):
+                if end_pts is not None and frame.pts >= end_pts:
+                    return
+                if start_pts is None or frame.pts >= start_pts:
+                    yield frame.pts, video.upright(frame, shown, "rgb24")
+            return
+
+
+@contextmanager
+def open_video(path: Path, limits: Limits = DEFAULT_LIMITS, threads: int = 1) -> Iterator[Video]:
+    """Open a video for one pass; raises `MediaError` if it is none or beyond a limit.
+
+    `threads` are the decoder's. The frames are the same for any number.
+    """
+    if _is_image(path):
+        found = _probe_image(path, limits)
+        if found.kind != "video":
+            raise MediaError("a still image, not a video", path)
+        yield Video(path, found, MILLISECOND, (found.width, found.height), 0, limits)
+        return
+    import av
+
+    options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
+    try:
+        # The explicit protocol keeps a file named "concat:…" or "http:…" a file.
+        container = av.open(f"file:{path}", options=options)
+    except av.error.FFmpegError as error:
+        raise MediaError(f"not a video that can be read ({_short(error)})", path) from error
+    try:
+        yield _measure(path, container, limits, threads)
+    finally:
+        container.close()
+
+
+def to_rgb(image: Image) -> np.ndarray:
+    """Any Pillow image, upright and on white: uint8 RGB [H, W, 3]."""
+    from PIL import Image as pillow
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image).astype(np.float64)
+        # 16-bit files span 0..65535 whatever their brightest pixel; floats are 0..1 by custom.
+        white = 65535.0 if image.mode.startswith("I") else 1.0 if grey.max(initial=0) <= 1 else 255.0
+        grey = np.nan_to_num(grey) * (255.0 / white)
+        rgb = np.repeat(np.clip(np.rint(grey), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        return np.ascontiguousarray(rgb)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white_page = pillow.new("RGBA", image.size, (255, 255, 255, 255))
+        image = pillow.alpha_composite(white_page, image)
+    return np.ascontiguousarray(np.asarray(image.convert("RGB")))
+
+
+def _is_image(path: Path) -> bool:
+    """Whether Pillow shall read it; raises `MediaError` if it is no file, or an empty one."""
+    try:
+        if not path.is_file():
+            raise MediaError(
+                "not a regular file" if path.exists() else "no such file", path
+            )
+        with path.open("rb") as file:
+            head = file.read(32)
+    except OSError as error:
+        raise MediaError(f"cannot be opened ({error.strerror})", path) from error
+    if not head:
+        raise MediaError("empty file (0 bytes)", path)
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+        raise MediaError("HEIC pictures are not supported: convert it to JPEG or PNG", path)
+    return (
+        head.startswith(_IMAGE_MAGIC)
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or (head[4:8] == b"ftyp" and head[8:12] in _IMAGE_BRANDS)
+        or head[4:8] == b"jP  "
+        or (head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace())
+    )
+
+
+@contextmanager
+def _pillow(path: Path) -> Iterator[Image]:
+    import warnings
+
+    from PIL import Image as pillow
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our own bound is stricter than the bomb warning
+            pillow.init()  # a Pillow built without AVIF or JPEG 2000 lacks their entries
+            image = pillow.open(path, formats=[f for f in IMAGE_FORMATS if f in pillow.OPEN])
+    except pillow.DecompressionBombError as error:
+        raise MediaError(f"too large: {error}", path) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise MediaError("the image's header cannot be read", path) from error
+    with image:
+        yield image
+
+
+def _probe_image(path: Path, limits: Limits) -> Probe:
+    size = path.stat().st_size
+    if size > limits.max_image_bytes:
+        raise MediaError(f"an image of {size} bytes (limit {limits.max_image_bytes})", path)
+    with _pillow(path) as image:
+        width, height = image.size
+        if width * height > limits.max_image_pixels:
+            raise MediaError(
+                f"{width}x{height} pixels are over the limit of {limits.max_image_pixels}", path
+            )
+        codec = (image.format or "image").lower()
+        animated = image.format in ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1
+        if animated:
+            return Probe("video", width, height, codec, animated=True)
+        try:
+            orientation = image.getexif().get(0x0112, 1)
+        except (OSError, SyntaxError, ValueError):
+            orientation = 1
+        if orientation in (5, 6, 7, 8):  # the four that swap width and height
+            width, height = height, width
+        return Probe("image", width, height, codec)
+
+
+def _measure(path: Path, container: Any, limits: Limits, threads: int) -> Video:
+    import av
+
+    stream = next(
+        (
+            s
+            for s in container.streams.video
+            if not s.disposition & av.stream.Disposition.attached_pic  # an album's cover
+        ),
+        None,
+    )
+    if stream is None:
+        raise MediaError("no video in it (audio only?)", path)
+    context = stream.codec_context
+    if context is None:
+        raise MediaError("its codec is not supported", path)
+    width, height = context.width, context.height
+    if width <= 0 or height <= 0:
+        raise MediaError("its picture size is not known", path)
+    if width * height > limits.max_video_pixels:
+        raise MediaError(
+            f"{width}x{height} pixels are over the limit of {limits.max_video_pixels}", path
+        )
+    if stream.time_base is None:
+        raise MediaError("it has no time base", path)
+    # A stream may change its size midway: the decoder itself holds the bound.
+    context.options = {**context.options, "max_pixels": str(limits.max_video_pixels)}
+    context.thread_type = "AUTO"
+    context.thread_count = threads
+    aspect = stream.sample_aspect_ratio
+    shown_width = width
+    if aspect and 0.1 < float(aspect) < 10 and aspect != 1:
+        shown_width = max(1, round(width * float(aspect)))
+    rate = stream.average_rate or stream.guessed_rate
+    declared = [
+        float(ticks * base)
+        for ticks, base in (
+            (stream.duration, Fraction(stream.time_base)),
+            (container.duration, Fraction(1, 1_000_000)),
+        )
+        if ticks and ticks > 0
+    ]
+    found = Probe(
+        "video",
+        shown_width,
+        height,
+        codec=context.name,
+        fps=float(rate) if rate else None,
+        # An edit list shows less than the stream holds: the shorter one is the promise.
+        duration_s=min(declared) if declared else None,
+    )
+    video = Video(
+        path,
+        found,
+        Fraction(stream.time_base),
+        (width, height),
+        0,
+        limits,
+        container=container,
+        stream=stream,
+    )
+    decoded = video.decode()
+    first = next(decoded, None)
+    if first is None:
+        raise MediaError("no frame can be decoded", path)
+    # Rotation metadata reaches us with the frames; the first one is put back in front.
+    video.source = chain([first], decoded)
+    video.turns = round(first.image.rotation / 90) % 4
+    if video.turns % 2:
+        video.probe = replace(found, width=height, height=shown_width)
+    return video
+
+
+def _short(error: Exception) -> str:
+    """The library's message without the path that it repeats."""
+    text = getattr(error, "strerror", None) or str(error)
+    return text.splitlines()[0].strip().rstrip(".")

@@ -1,0 +1,465 @@
+"""Tokens on disk: WebDataset tars that anyone can open, and a Parquet index beside each.
+
+    shards/
+      shard-00000.tar       per sample {key}.json (captions, metadata), {key}.vision.npy (codes)
+      shard-00000.parquet   one row per sample: where its codes are, what it is, its captions
+      manifest.json         which tokenizer, vocabulary and settings; what there is
+      quarantine.parquet    what could not be tokenized, and why
+      vocabulary/  vision_tokenizer/    copies, so that everything downstream is self-contained
+
+Equal input gives equal bytes: members carry no time and no owner, and everything is sorted. Our
+own reader never walks a tar: the index says at which byte the codes of a sample lie. Nothing is
+unpickled, and no name inside a tar or an index becomes a path.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unimodal.pipeline.clips import QUARANTINE, write_parquet
+from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.files import atomic
+from unimodal.tokenize.vocabulary import Vocabulary
+
+FORMAT = 1
+
+CAPTION = pa.struct(
+    [
+        pa.field("style", pa.string()),
+        pa.field("lang", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("tokens", pa.int32()),  # ids of `text` in the vocabulary of the manifest
+    ]
+)
+
+INDEX = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),  # uid, and -NNNN for a window of a video
+        pa.field("uid", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),  # of the npy file inside the tar, bytes
+        pa.field("nbytes", pa.int64(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),  # image | video
+        pa.field("frames", pa.int32(), nullable=False),  # T, latent frames; 1 for an image
+        pa.field("height", pa.int32(), nullable=False),  # H and W, in codes
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("fps", pa.float64()),  # pictures per second; null for an image
+        pa.field("start_s", pa.float64()),  # the window, seconds from the source's first frame
+        pa.field("end_s", pa.float64()),
+        pa.field("split", pa.string(), nullable=False),  # train | val
+        pa.field("source_sha256", pa.string(), nullable=False),
+        pa.field("captions", pa.list_(CAPTION)),  # by precedence
+    ]
+)
+"""Columns of the index; the scores of the run ride along behind them, one float64 each."""
+
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_SHARD = re.compile(r"shard-[0-9]{5,9}\.tar")
+MAX_CODES = 1 << 28
+"""Codes in one sample; far over any real one, it bounds what a hostile index can ask for."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What goes into a shard: codes [T, H, W] and everything known of them."""
+
+    key: str
+    uid: str
+    kind: str
+    codes: np.ndarray
+    split: str
+    source_sha256: str
+    fps: float | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+    captions: Sequence[Mapping[str, Any]] = ()
+    """Each with style, lang, text, tokens."""
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+
+class VisionTokenizer(Protocol):
+    """What a shard directory keeps of the vision tokenizer."""
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def save(self, directory: Path) -> None: ...
+
+
+class ShardWriter:
+    """Writes a shard directory, shard by shard; finished shards survive an interruption.
+
+    A shard is the result of one unit of work, known by a digest. `has` tells whether the unit
+    is done already, `write` does it, `finish` makes the directory readable. Until then the
+    manifest says "writing". One writer at a time.
+
+    Raises `UnimodalError` if `out` holds shards of another tokenizer, vocabulary or settings.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        tokenizer: VisionTokenizer,
+        vocabulary: Vocabulary,
+        settings: Mapping[str, Any],
+        scores: Sequence[str] = (),
+    ) -> None:
+        self.out = out
+        self.schema = pa.schema([*INDEX, *(pa.field(name, pa.float64()) for name in scores)])
+        self.dtype = np.dtype("<u2" if tokenizer.codebook_size <= 1 << 16 else "<u4")
+        self.header: dict[str, Any] = {
+            "format": FORMAT,
+            "vision_tokenizer": {
+                "digest": tokenizer.digest,
+                "codebook_size": tokenizer.codebook_size,
+            },
+            "vocabulary": {"digest": vocabulary.digest(), "size": vocabulary.size},
+            "settings": dict(settings),
+        }
+        if vocabulary.codebook_size != tokenizer.codebook_size:
+            raise UnimodalError(
+                f"the vocabulary has room for {vocabulary.codebook_size} vision codes, the "
+                f"tokenizer has {tokenizer.codebook_size}: choose a vocabulary made for it"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "manifest.json").exists():
+            self._same(_manifest(out))
+        elif any(out.glob("shard-*.tar")):
+            raise UnimodalError(f"{out} holds shards of unknown make: choose another --out")
+        else:
+            _fill(out / "vocabulary", vocabulary)
+            _fill(out / "vision_tokenizer", tokenizer)
+            self._write_manifest({"state": "writing"})
+        for stale in out.glob(".*.tmp"):  # of a writer that was killed
+            stale.unlink()
+
+    def has(self, number: int, digest: str) -> bool:
+        """Whether shard `number` is there, and is the result of unit `digest`."""
+        tar, index = self._paths(number)
+        if not (tar.is_file() and index.is_file()):
+            return False
+        try:
+            unit = _unit(index)
+        except (OSError, ValueError, KeyError, pa.ArrowException):
+            return False
+        return unit["digest"] == digest and unit["tar_bytes"] == tar.stat().st_size
+
+    def write(
+        self,
+        number: int,
+        digest: str,
+        samples: Iterable[Sample],
+        quarantine: Sequence[Mapping[str, str]] = (),
+    ) -> None:
+        """Write one shard: the tar, then its index, which is the commit mark.
+
+        `quarantine` are rows {uri, reason} of what this unit could not tokenize.
+        """
+        if json.loads((self.out / "manifest.json").read_text())["state"] != "writing":
+            self._write_manifest({"state": "writing"})
+        tar, index = self._paths(number)
+        index.unlink(missing_ok=True)  # an index never stands beside another tar than its own
+        rows = []
+        with atomic(tar) as temporary, temporary.open("wb") as file:
+            for sample in sorted(samples, key=lambda sample: sample.key):
+                rows.append(self._add(file, sample, tar.name))
+            file.write(bytes(2 * tarfile.BLOCKSIZE))
+            size = file.tell()
+        unit = {"digest": digest, "tar_bytes": size, "quarantine": [dict(q) for q in quarantine]}
+        table = pa.Table.from_pylist(rows, schema=self.schema)
+        write_parquet(table, index, {"unimodal": json.dumps(unit, sort_keys=True)})
+
+    def finish(self, count: int) -> Shards:
+        """Make the directory of shards 0..count-1 complete and open it.
+
+        Shards of an earlier, longer run are removed. Nothing is touched if all is as it was.
+        Raises `UnimodalError` if there is not a single sample.
+        """
+        for path in sorted(self.out.glob("shard-*")):
+            digits = path.stem.removeprefix("shard-")
+            if path.suffix in (".tar", ".parquet") and digits.isdigit() and int(digits) >= count:
+                path.unlink()
+        shards, totals, lost = [], {"samples": 0, "train": 0, "val": 0, "vision_codes": 0}, []
+        for number in range(count):
+            tar, index = self._paths(number)
+            unit = _unit(index)
+            lost += unit["quarantine"]
+            rows = pq.read_table(index, columns=["split", "frames", "height", "width"])
+            codes = sum(r["frames"] * r["height"] * r["width"] for r in rows.to_pylist())
+            splits = rows["split"].to_pylist()
+            totals["samples"] += len(splits)
+            totals["train"] += splits.count("train")
+            totals["val"] += splits.count("val")
+            totals["vision_codes"] += codes
+            shards.append({"name": tar.name, "samples": len(splits), "bytes": unit["tar_bytes"]})
+        lost = [{"stage": "tokenize", **row} for row in lost]
+        write_parquet(
+            pa.Table.from_pylist(lost, schema=QUARANTINE), self.out / "quarantine.parquet"
+        )
+        if not totals["samples"]:
+            raise UnimodalError(
+                f"none of the clips could be tokenized: {self.out / 'quarantine.parquet'} says why"
+                + (f" (first: {lost[0]['reason']})" if lost else "")
+            )
+        totals["quarantined"] = len(lost)
+        self._write_manifest({"state": "complete", "shards": shards, "totals": totals})
+        return Shards.open(self.out)
+
+    def _add(self, file: io.BufferedWriter, sample: Sample, shard: str) -> dict[str, Any]:
+        """Append the two members of a sample; returns its index row."""
+        if not _KEY.fullmatch(sample.key):
+            raise ValueError(f"{sample.key!r} cannot be a sample key")
+        codes = np.asarray(sample.codes)
+        if codes.ndim != 3 or codes.dtype.kind not in "iu" or not codes.size:
+            raise ValueError(f"codes of {sample.key} are {codes.dtype} {codes.shape}")
+        if codes.min() < 0 or codes.max() >= self.header["vision_tokenizer"]["codebook_size"]:
+            raise ValueError(f"codes of {sample.key} are outside the codebook")
+        frames, height, width = codes.shape
+        row = {
+            "key": sample.key,
+            "uid": sample.uid,
+            "kind": sample.kind,
+            "frames": frames,
+            "height": height,
+            "width": width,
+            "fps": sample.fps,
+            "start_s": sample.start_s,
+            "end_s": sample.end_s,
+            "split": sample.split,
+            "source_sha256": sample.source_sha256,
+            "captions": [dict(caption) for caption in sample.captions],
+        }
+        record = row | {"scores": dict(sample.scores), "meta": dict(sample.meta)}
+        text = json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        _member(file, f"{sample.key}.json", text.encode())
+        npy = io.BytesIO()
+        np.lib.format.write_array(npy, codes.astype(self.dtype), (1, 0), allow_pickle=False)
+        offset = _member(file, f"{sample.key}.vision.npy", npy.getvalue())
+        place = {"shard": shard, "offset": offset, "nbytes": npy.tell()}
+        return row | dict(sample.scores) | place
+
+    def _paths(self, number: int) -> tuple[Path, Path]:
+        stem = self.out / f"shard-{number:05d}"
+        return stem.with_suffix(".tar"), stem.with_suffix(".parquet")
+
+    def _write_manifest(self, rest: Mapping[str, Any]) -> None:
+        text = json.dumps(self.header | dict(rest), indent=2, sort_keys=True) + "\n"
+        path = self.out / "manifest.json"
+        if not path.exists() or path.read_text() != text:
+            with atomic(path) as temporary:
+                temporary.write_text(text)
+
+    def _same(self, there: Mapping[str, Any]) -> None:
+        remedy = f"choose another --out, or delete {self.out} to make it anew"
+        for key in ("vision_tokenizer", "vocabulary"):
+            old, new = there[key]["digest"], self.header[key]["digest"]
+            if old != new:
+                raise UnimodalError(
+                    f"the shards in {self.out} are of another {key.replace('_', ' ')} "
+                    f"({str(old)[:12]}, now {new[:12]}): {remedy}"
+                )
+        old, new = there["settings"], self.header["settings"]
+        changed = [
+            f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+            for key in sorted({*old, *new})
+            if old.get(key) != new.get(key)
+        ]
+        if changed:
+            raise UnimodalError(
+                f"the shards in {self.out} have other settings: {'; '.join(changed)}; {remedy}"
+            )
+
+
+class Shards:
+    """A finished shard directory, opened for reading. Made by `Shards.open`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Shards:
+        """Open a directory that `unimodal tokenize` wrote.
+
+        Raises `UnimodalError` if it is unfinished, of another format, or if a shard is missing
+        or has another size than when it was written.
+        """
+        path = Path(directory)
+        manifest = _manifest(path)
+        if manifest["state"] != "complete":
+            raise UnimodalError(f"{path} is unfinished: run the same unimodal tokenize again")
+        for shard in manifest["shards"]:
+            tar = path / shard["name"]
+            for file in (tar, tar.with_suffix(".parquet")):
+                if not file.is_file():
+                    raise UnimodalError(f"{file} is missing: {_remedy(tar)}")
+            if tar.stat().st_size != shard["bytes"]:
+                raise UnimodalError(
+                    f"{tar} has {tar.stat().st_size} bytes instead of {shard['bytes']}: "
+                    f"{_remedy(tar)}"
+                )
+        return cls(path, manifest)
+
+    @cached_property
+    def index(self) -> pa.Table:
+        """All rows of all shards, sorted by key: the columns of `INDEX`, then the scores."""
+        tables = []
+        for shard in self.manifest["shards"]:
+            tar = self.path / shard["name"]
+            try:
+                table = pq.read_table(tar.with_suffix(".parquet")).replace_schema_metadata()
+                columns = pa.schema(list(table.schema)[: len(INDEX)])
+            except (OSError, pa.ArrowException) as error:
+                raise UnimodalError(
+                    f"{tar.with_suffix('.parquet')} cannot be read ({error}): {_remedy(tar)}"
+                ) from error
+            foreign = set(table["shard"].to_pylist()) - {tar.name} if columns == INDEX else {"?"}
+            if foreign or len(table) != shard["samples"]:
+                raise UnimodalError(
+                    f"{tar.with_suffix('.parquet')} is not the index of {tar.name}: {_remedy(tar)}"
+                )
+            tables.append(table)
+        try:
+            return pa.concat_tables(tables).sort_by("key").combine_chunks()
+        except pa.ArrowException as error:
+            raise UnimodalError(
+                f"the shards in {self.path} have different columns ({error}): "
+                "delete it and run the same unimodal tokenize again"
+            ) from error
+
+    def codes(self, row: int) -> np.ndarray:
+        """Codes of one row of the index: uint16 or uint32 [T, H, W].
+
+        Raises `UnimodalError` naming the shard if its bytes are not what the index says.
+        """
+        at = {name: self.index[name][row].as_py() for name in _PLACE}
+        tar = self.path / at["shard"]
+        shape = (at["frames"], at["height"], at["width"])
+        count = shape[0] * shape[1] * shape[2]
+        try:
+            if not (min(shape) > 0 and count <= MAX_CODES and 0 < at["nbytes"] <= 4 * count + 4096):
+                raise ValueError(f"{at['nbytes']} bytes for codes {shape}")
+            descriptor = os.open(tar, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            try:
+                data = os.pread(descriptor, at["nbytes"], at["offset"])
+            finally:
+                os.close(descriptor)
+            codes = _read_npy(data, shape)
+            if codes.max() >= self.manifest["vision_tokenizer"]["codebook_size"]:
+                raise ValueError(f"code {codes.max()} is outside the codebook")
+        except Exception as error:  # numpy's header parser lets many kinds through
+            raise UnimodalError(
+                f"{tar} does not hold the codes of {at['key']} ({error}): {_remedy(tar)}"
+            ) from error
+        return codes
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary that captions were counted with."""
+        vocabulary = Vocabulary.load(self.path / "vocabulary")
+        if vocabulary.digest() != self.manifest["vocabulary"]["digest"]:
+            raise UnimodalError(
+                f"{self.path / 'vocabulary'} is not the one of the manifest: copy it again"
+            )
+        return vocabulary
+
+    @property
+    def vision_tokenizer_dir(self) -> Path:
+        """Where the weights lie that made the codes."""
+        return self.path / "vision_tokenizer"
+
+    def __len__(self) -> int:
+        return int(self.manifest["totals"]["samples"])
+
+
+_PLACE = ("shard", "key", "offset", "nbytes", "frames", "height", "width")
+
+
+def _member(file: io.BufferedWriter, name: str, data: bytes) -> int:
+    """Append a member without time or owner; returns the offset of its data."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    info.mode = 0o644
+    file.write(info.tobuf(tarfile.USTAR_FORMAT))
+    offset = file.tell()
+    file.write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
+    return offset
+
+
+def _read_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """The array in an npy file, if its header says codes of `shape`; nothing is unpickled.
+
+    The header is believed only after it was compared: numpy would first make room for whatever
+    size it names.
+    """
+    stream = io.BytesIO(data)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("not an npy file of version 1.0")
+    found, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if found != shape or fortran or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+        raise ValueError(f"{dtype} {found} instead of codes {shape}")
+    body = data[stream.tell() :]
+    if len(body) != dtype.itemsize * int(np.prod(shape)):
+        raise ValueError(f"{len(body)} bytes of codes for {shape}")
+    return np.frombuffer(body, dtype).reshape(shape)
+
+
+def _fill(directory: Path, thing: Vocabulary | VisionTokenizer) -> None:
+    """`thing.save(directory)`, whole or not at all."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    for old in (temporary, directory):
+        shutil.rmtree(old, ignore_errors=True)
+    thing.save(temporary)
+    temporary.rename(directory)
+
+
+def _unit(index: Path) -> dict[str, Any]:
+    """What the writer noted in an index file: digest, tar_bytes, quarantine."""
+    return json.loads((pq.read_schema(index).metadata or {})[b"unimodal"])
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise UnimodalError(f"no shards at {path}: make them with unimodal tokenize RUN -o {path}")
+    try:
+        manifest = json.loads(file.read_text())
+        if manifest["format"] != FORMAT:
+            raise UnimodalError(
+                f"{path} has shard format {manifest['format']}, this version reads {FORMAT}: "
+                "install the version that wrote it, or tokenize again"
+            )
+        int(manifest["vision_tokenizer"]["codebook_size"])
+        str(manifest["vision_tokenizer"]["digest"] + manifest["vocabulary"]["digest"])
+        dict(manifest["settings"])
+        for shard in manifest["shards"] if manifest["state"] == "complete" else []:
+            if not _SHARD.fullmatch(shard["name"]):
+                raise ValueError(f"{shard['name']!r} is no name of a shard")
+            int(shard["bytes"]) + int(shard["samples"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnimodalError(
+            f"{file} is damaged ({error!r}): run the same unimodal tokenize into a new folder"
+        ) from error
+    return manifest
+
+
+def _remedy(tar: Path) -> str:
+    return f"delete {tar.stem}.* and run the same unimodal tokenize again"

@@ -3,7 +3,7 @@
 A folder is searched for names that look like media; a file that is named outright is taken
 whatever it is called, and whether it can be read is found out later. Nothing is opened here
 except files of equal size, which are hashed to find copies: copies collapse to one source with
-`aliases`, so that no picture is curated twice.
+`copies`, so that no picture is curated twice.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import glob
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unimodal.pipeline.errors import UsageError
 
 MEDIA_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m2v .ts .m2ts .mts .flv .wmv .asf .ogv .ogg .3gp "
-    ".mxf .y4m .ivf .h264 .h265 .hevc .dv .vob .rm .rmvb "
-    ".png .jpg .jpeg .jpe .jfif .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif "
-    ".apng".split()
+    f".{suffix}"
+    for suffix in (
+        *("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "m2v", "vob", "ts", "m2ts"),
+        *("mts", "flv", "wmv", "asf", "ogv", "ogg", "3gp", "mxf", "y4m", "ivf", "h264", "h265"),
+        *("hevc", "dv", "rm", "rmvb"),
+        *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff"),
+        *("ppm", "pgm", "pbm", "pnm", "jp2", "avif"),
+    )
 )
 """Names that a search through a folder picks up."""
 
@@ -35,7 +39,12 @@ class Source:
     size: int
     mtime_ns: int
     sha256: str | None = None  # known only where another file has the same size
-    aliases: tuple[str, ...] = ()  # other paths with the same bytes
+    copies: tuple[Source, ...] = ()  # other paths with the same bytes
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The other paths with the same bytes."""
+        return tuple(copy.uri for copy in self.copies)
 
     @property
     def identity(self) -> tuple[str, int, int]:
@@ -46,7 +55,7 @@ class Source:
 def list_sources(
     inputs: Sequence[str | Path],
     limit: int | None = None,
-    known: Iterable[Source] = (),
+    known: Sequence[Source] = (),
 ) -> list[Source]:
     """The sources that `inputs` name, sorted by path, copies collapsed into the first of them.
 
@@ -59,9 +68,10 @@ def list_sources(
         raise UsageError("no input: name a file, a folder or a glob")
     paths: set[str] = set()
     for item in inputs:
-        paths.update(os.path.abspath(found) for found in _expand(str(item)))
-    sources = [source for path in sorted(paths) if (source := _stat(path)) is not None]
-    return _collapse(sources[:limit], known)
+        # Not resolve(): a link keeps the name that the user knows, and its sidecar captions.
+        paths.update(os.path.abspath(found) for found in _expand(str(item)))  # noqa: PTH100
+    sources = [_stat(path) for path in sorted(paths)[:limit]]
+    return _collapse(sources, known)
 
 
 def sha256_of(path: str | Path, tick: Callable[[int], None] | None = None) -> str:
@@ -85,7 +95,7 @@ def _expand(item: str) -> Iterator[str]:
     elif os.path.lexists(item):
         yield item
     elif glob.has_magic(item):
-        matches = glob.glob(item, recursive=True)
+        matches = glob.glob(item, recursive=True)  # noqa: PTH207 - the pattern may be absolute
         files = [m for m in matches if not Path(m).is_dir()]
         # A pattern that names folders only ("videos/*/") means what is in them.
         for folder in [] if files else matches:
@@ -105,16 +115,19 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield os.path.join(root, name)  # noqa: PTH118 - a million times cheaper as text
 
 
-def _stat(path: str) -> Source | None:
+def _stat(path: str) -> Source:
+    # A name that is not UTF-8 cannot stand in a table; escaped, it is quarantined when it is read.
+    path = path.encode("utf-8", "backslashreplace").decode()
     try:
-        status = os.stat(path)
+        status = Path(path).stat()
     except OSError:
-        return Source(path, 0, 0)  # a dangling link: quarantined when it is read
+        return Source(path, 0, 0)  # a dangling link: quarantined too
     return Source(path, status.st_size, status.st_mtime_ns)
 
 
-def _collapse(sources: list[Source], known: Iterable[Source]) -> list[Source]:
-    seen = {source.identity: source.sha256 for source in known}
+def _collapse(sources: list[Source], known: Sequence[Source]) -> list[Source]:
+    firsts = {source.identity: source.sha256 for source in known}
+    seen = firsts | {copy.identity: copy.sha256 for source in known for copy in source.copies}
     by_size: dict[int, list[Source]] = defaultdict(list)
     for source in sources:
         by_size[source.size].append(source)
@@ -132,7 +145,6 @@ def _collapse(sources: list[Source], known: Iterable[Source]) -> list[Source]:
                 continue
             copies[digest].append(replace(source, sha256=digest))
         for same in copies.values():
-            first = next((s for s in same if s.identity in seen), same[0])
-            aliases = tuple(s.uri for s in same if s is not first)
-            kept.append(replace(first, aliases=aliases))
+            first = next((s for s in same if s.identity in firsts), same[0])
+            kept.append(replace(first, copies=tuple(s for s in same if s is not first)))
     return sorted(kept)

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     import av
     from PIL.Image import Image
 
-VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,h264,hevc,ivf,y4m,yuv4mpegpipe,nut,dv,rm"
+VIDEO_FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,h264,hevc,ivf,yuv4mpegpipe,nut,dv,rm"
+)
 """FFmpeg demuxers that may open a file: self-contained ones. No hls, concat, dash, sdp, image2,
 lavfi or subtitle formats, which name other files, the network or devices."""
 
@@ -237,7 +239,7 @@ class Scaler:
 
 def probe(path: Path, limits: Limits = DEFAULT_LIMITS) -> Probe:
     """What `path` is, from its bytes and headers alone; raises `MediaError` with the reason."""
-    if _is_image(path):
+    if is_image(path):
         return _probe_image(path, limits)
     with open_video(path, limits) as video:
         return video.probe
@@ -246,7 +248,7 @@ def probe(path: Path, limits: Limits = DEFAULT_LIMITS) -> Probe:
 def read_image(path: Path | str, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     """A still image as it is shown: uint8 RGB [H, W, 3]; raises `MediaError` with the reason."""
     path = Path(path)
-    if not _is_image(path):
+    if not is_image(path):
         raise MediaError("not an image", path)
     _probe_image(path, limits)
     with _pillow(path) as image:
@@ -287,13 +289,24 @@ def iter_frames(
             return
 
 
+def open_image(path: Path, limits: Limits = DEFAULT_LIMITS) -> Video:
+    """A still image as a video of one frame, for the observers of the frame pass."""
+    import av
+
+    found = _probe_image(path, limits)
+    rgb = read_image(path, limits)
+    frame = Frame(0, 0, av.VideoFrame.from_ndarray(rgb, format="rgb24"))
+    coded = (found.width, found.height)
+    return Video(path, found, MILLISECOND, coded, 0, limits, source=iter([frame]))
+
+
 @contextmanager
 def open_video(path: Path, limits: Limits = DEFAULT_LIMITS, threads: int = 1) -> Iterator[Video]:
     """Open a video for one pass; raises `MediaError` if it is none or beyond a limit.
 
     `threads` are the decoder's. The frames are the same for any number.
     """
-    if _is_image(path):
+    if is_image(path):
         found = _probe_image(path, limits)
         if found.kind != "video":
             raise MediaError("a still image, not a video", path)
@@ -322,7 +335,7 @@ def to_rgb(image: Image) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image).astype(np.float64)
         # 16-bit files span 0..65535 whatever their brightest pixel; floats are 0..1 by custom.
-        white = 65535.0 if image.mode.startswith("I") else 1.0 if grey.max(initial=0) <= 1 else 255.0
+        white = 65535.0 if image.mode.startswith("I") else 255.0 if grey.max() > 1 else 1.0
         grey = np.nan_to_num(grey) * (255.0 / white)
         rgb = np.repeat(np.clip(np.rint(grey), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
         return np.ascontiguousarray(rgb)
@@ -333,13 +346,14 @@ def to_rgb(image: Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image.convert("RGB")))
 
 
-def _is_image(path: Path) -> bool:
-    """Whether Pillow shall read it; raises `MediaError` if it is no file, or an empty one."""
+def is_image(path: Path) -> bool:
+    """Whether the first bytes are an image's (animated or not).
+
+    Raises `MediaError` if it is no file, or an empty one.
+    """
     try:
         if not path.is_file():
-            raise MediaError(
-                "not a regular file" if path.exists() else "no such file", path
-            )
+            raise MediaError("not a regular file" if path.exists() else "no such file", path)
         with path.open("rb") as file:
             head = file.read(32)
     except OSError as error:
@@ -370,8 +384,10 @@ def _pillow(path: Path) -> Iterator[Image]:
             image = pillow.open(path, formats=[f for f in IMAGE_FORMATS if f in pillow.OPEN])
     except pillow.DecompressionBombError as error:
         raise MediaError(f"too large: {error}", path) from error
+    except pillow.UnidentifiedImageError as error:
+        raise MediaError("its image format or colour layout is not known", path) from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise MediaError("the image's header cannot be read", path) from error
+        raise MediaError(f"the image's header cannot be read ({_short(error)})", path) from error
     with image:
         yield image
 

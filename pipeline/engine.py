@@ -1,0 +1,167 @@
+"""Three drivers for the same jobs: in this process, in a pool of processes, or on Ray.
+
+All three end in `worker.do`, which commits a part's files in one place, so their results are
+the same bytes. The pool and Ray go through `Supervised`: a file that crashes or hangs a worker
+costs that file. Parts may finish in any order; nothing depends on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.supervise import Patience, Supervised
+from unimodal.pipeline.watch import Tell
+from unimodal.pipeline.worker import Job, do
+
+Engine = Literal["auto", "inline", "local", "ray"]
+
+
+def choose(engine: str, address: str | None) -> str:
+    """Which driver runs: "auto" is Ray where an address is configured, else the local pool.
+
+    On one machine Ray does what the pool does, after 10 to 30 s of starting up.
+    """
+    if engine not in get_args(Engine):
+        raise UsageError(f"unknown engine {engine}: it is one of {', '.join(get_args(Engine))}")
+    if engine != "auto":
+        return engine
+    return "ray" if address or os.environ.get("RAY_ADDRESS") else "local"
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    engine: str,
+    tell: Tell,
+    patience: Patience,
+    workers: int | None = None,
+    address: str | None = None,
+) -> None:
+    """Do all jobs; raises `UnimodalError` when the work cannot go on (a full disk, no cluster)."""
+    if not jobs:
+        return
+    if engine == "inline":
+        for job in jobs:
+            do(job, tell)
+    elif engine == "local":
+        _local(jobs, tell, patience, workers or os.cpu_count() or 1)
+    else:
+        _ray(jobs, tell, patience, workers, address)
+
+
+def _local(jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int) -> None:
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    workers = min(workers, len(jobs))
+    # With fewer parts than processors, as for one long video, each decoder takes several.
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    failures: list[Exception] = []
+    stop = threading.Event()
+
+    def drive() -> None:
+        worker = Supervised(patience)
+        try:
+            while not stop.is_set():
+                job = waiting.get_nowait()
+                job.threads = threads
+                worker.do(job, tell)
+        except queue.Empty:
+            pass
+        except Exception as error:
+            failures.append(error)
+            stop.set()
+        finally:
+            worker.close()
+
+    drivers = [threading.Thread(target=drive, daemon=True) for _ in range(workers)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    if failures:
+        raise failures[0]
+
+
+def _ray(
+    jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int | None, address: str | None
+) -> None:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UsageError("the ray engine needs Ray: pip install 'ray[data]'") from error
+    mine = not ray.is_initialized()
+    if mine:
+        _connect(address or os.environ.get("RAY_ADDRESS"), workers)
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        rows = [{"job": job.text(), "patience": patience.model_dump_json()} for job in jobs]
+        # A block per part: a part is the unit of scheduling, and of retry when a node is lost.
+        parts = ray.data.from_items(rows, override_num_blocks=len(rows))
+        done = parts.map(_ray_part, num_cpus=1, concurrency=workers)
+        for row in done.iter_rows():
+            if row["failed"]:
+                raise UnimodalError(row["failed"])
+            for uri, seconds in json.loads(row["sources"]):
+                tell.source(uri)
+                tell.seconds(seconds)
+                tell.done(uri)
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _connect(address: str | None, workers: int | None) -> None:
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # Loopback only: a laptop's Ray is nobody else's business.
+            ray.init(
+                num_cpus=workers,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnimodalError(
+            f"no Ray at {address or 'this machine'} ({line}): start one, or use --engine local"
+        ) from error
+
+
+_IN_RAY: dict[str, Supervised] = {}
+"""The worker process of this Ray worker, kept from part to part; it ends with its parent."""
+
+
+def _ray_part(row: dict[str, Any]) -> dict[str, Any]:
+    """One part inside a Ray task. Errors come back as rows: an exception would end the run."""
+    worker = _IN_RAY.setdefault(
+        row["patience"], Supervised(Patience.model_validate_json(row["patience"]))
+    )
+    seen: dict[str, float] = {}
+    at = [""]
+
+    def begin(uri: str) -> None:
+        at[0] = uri
+        seen[uri] = 0.0
+
+    def add(seconds: float) -> None:
+        seen[at[0]] += seconds
+
+    failed = ""
+    try:
+        worker.do(Job(**json.loads(row["job"])), Tell(source=begin, seconds=add))
+    except Exception as error:
+        failed = str(error) or type(error).__name__
+    return {"failed": failed, "sources": json.dumps(sorted(seen.items()))}

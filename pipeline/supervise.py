@@ -1,0 +1,172 @@
+"""A worker process that may die: it is replaced, and the file that did it is set aside.
+
+libav is fast and old; a broken file can crash it or hang it. The supervisor knows from the
+worker's events which source it is at. A worker that dies is tried once more on the same part, as
+the machine may have killed it; when it dies on the same source again, or falls silent, that
+source is quarantined and the rest of the part goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.settings import Settings
+from unimodal.pipeline.watch import Tell
+from unimodal.pipeline.worker import Job
+
+
+class Patience(Settings):
+    """When a worker counts as stuck; no part of a result, so a change repeats no work."""
+
+    stall_s: float = 120.0
+    """Seconds without any sign of progress."""
+    source_s: float = 7200.0
+    """Seconds for one source, however alive."""
+    deaths: int = 2
+    """A source on which so many workers died is quarantined."""
+
+
+class Supervised:
+    """One worker process after another, doing one job at a time."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending = b""
+        self._errors: Any = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the current worker."""
+        return self._process.pid if self._process else None
+
+    def do(self, job: Job, tell: Tell) -> None:
+        """Do a job, whatever its sources do to the workers.
+
+        Raises `UnimodalError` if it cannot be done at all: a full disk, or workers that die
+        before they touch a source.
+        """
+        deaths: Counter[str] = Counter()
+        poison = dict(job.poison)
+        while True:
+            culprit, reason, final = self._attempt(replace(job, poison=poison), tell)
+            if reason is None:
+                return
+            deaths[culprit] += 1
+            if not culprit and deaths[""] >= self._patience.deaths:
+                raise UnimodalError(
+                    f"part {job.part}: workers die outside of any source ({reason}). {self._tail()}"
+                )
+            if culprit and (final or deaths[culprit] >= self._patience.deaths):
+                poison[culprit] = reason
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    stream.close()
+            self._process = None
+        if self._errors is not None:
+            self._errors.close()
+            self._errors = None
+
+    def _attempt(self, job: Job, tell: Tell) -> tuple[str, str | None, bool]:
+        """One try: (source at fault or "", reason or None when done, whether to give it up)."""
+        source = ""
+        try:
+            process = self._started()
+            assert process.stdin is not None
+            process.stdin.write(job.text().encode() + b"\n")
+            process.stdin.flush()
+        except OSError:
+            return source, self._buried(), False
+        since = heard = time.monotonic()
+        while True:
+            limit = min(heard + self._patience.stall_s, since + self._patience.source_s)
+            event = self._event(limit)
+            now = time.monotonic()
+            if event is None and now < limit:
+                return source, self._buried(), False
+            if event is None or now - since > self._patience.source_s:
+                silent = now - heard >= self._patience.stall_s
+                self.close()
+                if silent:
+                    return source, f"no progress for {self._patience.stall_s:g} s", True
+                return source, f"not done after {self._patience.source_s:g} s", True
+            heard = now
+            if "source" in event:
+                source, since = event["source"], now
+                tell.source(source)
+            elif "seconds" in event:
+                tell.seconds(event["seconds"])
+            elif "done" in event:
+                tell.done(event["done"])
+                source, since = "", now
+            elif "failed" in event:
+                raise UnimodalError(event["failed"])
+            elif "finished" in event:
+                return source, None, True
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
+            self._pending = b""
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "unimodal.pipeline.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+            )
+        return self._process
+
+    def _event(self, limit: float) -> dict[str, Any] | None:
+        """The worker's next event; None when it has died or `limit` (monotonic time) has come."""
+        process = self._process
+        assert process is not None and process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._pending:
+                if not selector.select(max(0.0, limit - time.monotonic())):
+                    return None
+                block = os.read(process.stdout.fileno(), 1 << 16)
+                if not block:
+                    return None
+                self._pending += block
+        line, _, self._pending = self._pending.partition(b"\n")
+        return json.loads(line)
+
+    def _buried(self) -> str:
+        """How the worker died."""
+        if self._process is None:
+            return "the worker could not be started"
+        code = self._process.wait()
+        if code >= 0:
+            return f"the worker that read it ended with exit code {code}"
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return f"the worker that read it died ({name})"
+
+    def _tail(self) -> str:
+        """The last line that the dead worker said."""
+        if self._errors is None:
+            return ""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""

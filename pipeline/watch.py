@@ -1,0 +1,238 @@
+"""The watch stage: every source of a part is decoded once, and all that can be seen is noted.
+
+Columns of `clips.WATCH`, one row per clip; keyframes go to the part's frames tar. A source that
+cannot be read becomes a quarantine row; the rest of the part is done.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from unimodal.pipeline import media
+from unimodal.pipeline.clips import WATCH, clip_uid, image_uid, table
+from unimodal.pipeline.errors import MediaError, UnimodalError
+from unimodal.pipeline.framepass import watch_frames
+from unimodal.pipeline.inputs import Source, sha256_of
+from unimodal.pipeline.observers.cut import Cuts, CutSettings, spans
+from unimodal.pipeline.observers.flow import Flow, FlowSettings
+from unimodal.pipeline.observers.keyframes import Keyframes, KeyframeSettings, Picture
+from unimodal.pipeline.observers.light import Flicker, Light, LightSettings
+from unimodal.pipeline.settings import Settings
+from unimodal.pipeline.stage import PartFiles
+
+VERSION = 1
+
+
+class WatchSettings(Settings):
+    """All that the shared decode depends on."""
+
+    cut: CutSettings = CutSettings()
+    flow: FlowSettings = FlowSettings()
+    light: LightSettings = LightSettings()
+    keyframes: KeyframeSettings = KeyframeSettings()
+    limits: media.Limits = media.Limits()
+
+
+@dataclass
+class Tell:
+    """Where a stage reports to; the engine listens, and takes silence for a stuck worker."""
+
+    source: Callable[[str], None] = lambda uri: None
+    """Work on this source begins."""
+    seconds: Callable[[float], None] = lambda seconds: None
+    """So many seconds of video went by; 0 says only that work goes on."""
+    done: Callable[[str], None] = lambda uri: None
+    """The source is finished, read or quarantined."""
+
+
+@dataclass(frozen=True)
+class _Clip:
+    row: dict[str, Any]
+    pictures: list[tuple[Picture, bool]]
+
+
+def watch_part(
+    part: str,
+    sources: Sequence[Source],
+    settings: WatchSettings,
+    folder: Path,
+    poison: Mapping[str, str] | None = None,
+    tell: Tell | None = None,
+    threads: int = 1,
+) -> None:
+    """Watch the sources of a part and commit its rows, frames and quarantine to `folder`.
+
+    Sources in `poison` (uri: reason) are quarantined unopened: they have killed a worker before.
+    Raises `UnimodalError` if the disk is full; a bad source raises nothing.
+    """
+    tell = tell or Tell()
+    folder.mkdir(parents=True, exist_ok=True)
+    clips: list[_Clip] = []
+    quarantined: list[dict[str, str]] = []
+    try:
+        # Without a name on disk, the spool is gone when the process is, however that ends.
+        with tempfile.TemporaryFile(dir=folder) as spool:
+            for source in sorted(sources):
+                tell.source(source.uri)
+                reason = (poison or {}).get(source.uri)
+                try:
+                    if reason is not None:
+                        raise MediaError(reason)
+                    clips += _watch_source(source, settings, spool, tell, threads)
+                except Exception as error:
+                    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    quarantined.append(
+                        {
+                            "uri": source.uri,
+                            "stage": "watch",
+                            "reason": _reason(error),
+                            "part": part,
+                        }
+                    )
+                tell.done(source.uri)
+            rows = table((clip.row for clip in clips), WATCH)
+            files = PartFiles(folder, part)
+            files.commit(rows, quarantined, lambda path: _write_frames(clips, spool, path))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UnimodalError(
+                f"{folder}: the disk is full; free some space and run the same command again"
+            ) from error
+        raise
+
+
+def _watch_source(
+    source: Source, settings: WatchSettings, spool: IO[bytes], tell: Tell, threads: int
+) -> list[_Clip]:
+    path = Path(source.uri)
+    try:
+        status = path.stat()
+        if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
+            raise MediaError("it has changed since it was listed: run the same command again")
+        image = media.is_image(path)
+        digest = source.sha256 or sha256_of(path, lambda _: tell.seconds(0.0))
+    except FileNotFoundError as error:
+        raise MediaError("no such file") from error
+    if image and media.probe(path, settings.limits).kind == "image":
+        return [_image(source, digest, settings, spool)]
+    return _video(source, digest, settings, spool, tell, threads)
+
+
+def _image(source: Source, digest: str, settings: WatchSettings, spool: IO[bytes]) -> _Clip:
+    still = media.open_image(Path(source.uri), settings.limits)
+    flicker, light = Flicker(settings.light), Light(settings.light)
+    keyframes = Keyframes(settings.keyframes, spool)
+    watch_frames(still, [flicker, light, keyframes])
+    measured = {**flicker.columns(0, 1), **light.columns(0, 1)}
+    row = {
+        "uid": image_uid(digest),
+        "uri": source.uri,
+        "source_sha256": digest,
+        "kind": "image",
+        "width": still.probe.width,
+        "height": still.probe.height,
+        "codec": still.probe.codec,
+        **{name: measured[name] for name in ("luma_mean", "contrast", "blur", "colorfulness")},
+    }
+    return _with_keyframes(row, keyframes.choose(0, 1))
+
+
+def _video(
+    source: Source,
+    digest: str,
+    settings: WatchSettings,
+    spool: IO[bytes],
+    tell: Tell,
+    threads: int,
+) -> list[_Clip]:
+    with media.open_video(Path(source.uri), settings.limits, threads) as video:
+        found = video.probe
+        cut = Cuts(settings.cut, video.time_base, found.fps)
+        flow, flicker, light = Flow(settings.flow), Flicker(settings.light), Light(settings.light)
+        keyframes = Keyframes(settings.keyframes, spool)
+        timeline = watch_frames(video, [cut, flow, flicker, light, keyframes], tell.seconds)
+    total_s = timeline.seconds(timeline.end_pts)
+    fps = found.fps or len(timeline.pts) / total_s
+    clips = []
+    for span in spans(timeline, cut.cuts(timeline), settings.cut):
+        start, end = span.start_pts, span.end_pts
+        row = {
+            "uid": clip_uid(digest, start, end, timeline.time_base),
+            "uri": source.uri,
+            "source_sha256": digest,
+            "kind": "video",
+            "start_s": timeline.seconds(start),
+            "end_s": timeline.seconds(end),
+            "duration_s": float((end - start) * timeline.time_base),
+            "start_pts": start,
+            "end_pts": end,
+            "time_base": f"{timeline.time_base.numerator}/{timeline.time_base.denominator}",
+            "starts_at": span.starts_at,
+            "ends_at": span.ends_at,
+            "width": found.width,
+            "height": found.height,
+            "fps": fps,
+            "frames": timeline.count(start, end),
+            "codec": found.codec,
+            **light.crop(start, end, found.width, found.height),
+            **flow.columns(start, end),
+            **flicker.columns(start, end),
+            **light.columns(start, end),
+        }
+        clips.append(_with_keyframes(row, keyframes.choose(start, end)))
+    return clips
+
+
+def _with_keyframes(row: dict[str, Any], pictures: list[tuple[Picture, bool]]) -> _Clip:
+    row["keyframes"] = [
+        {
+            "member": f"{row['uid']}.{number:02d}.jpg",
+            "time_s": None if row["kind"] == "image" else picture.seconds,
+            "scoring": scoring,
+            "hash": picture.hash,
+        }
+        for number, (picture, scoring) in enumerate(pictures)
+    ]
+    return _Clip(row, pictures)
+
+
+def _write_frames(clips: Sequence[_Clip], spool: IO[bytes], path: Path) -> None:
+    """A WebDataset tar, a sample per clip: {uid}.00.jpg … {uid}.json, sorted, without times."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for clip in sorted(clips, key=lambda clip: clip.row["uid"]):
+            keyframes = clip.row["keyframes"]
+            for (picture, _), keyframe in zip(clip.pictures, keyframes, strict=True):
+                spool.seek(picture.offset)
+                _add(tar, keyframe["member"], spool.read(picture.size))
+            note = {
+                "uid": clip.row["uid"],
+                "kind": clip.row["kind"],
+                "times_s": [keyframe["time_s"] for keyframe in keyframes],
+                "scoring": [i for i, keyframe in enumerate(keyframes) if keyframe["scoring"]],
+            }
+            _add(tar, f"{clip.row['uid']}.json", json.dumps(note, sort_keys=True).encode())
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # mtime, uid and gid are 0: equal content, equal bytes
+    member.size = len(data)
+    member.mode = 0o644
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _reason(error: Exception) -> str:
+    """What to tell the user of a source that failed, without its path."""
+    if isinstance(error, MediaError):
+        return error.reason
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
+    return f"{type(error).__name__}: {error}".splitlines()[0][:500]

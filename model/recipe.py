@@ -1,0 +1,134 @@
+"""Settings of a training run, and the recipes that fill them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from unimodal.model.data import DataSettings
+from unimodal.model.decoder import Shape
+from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.settings import Settings, build
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class OptimizerSettings(Settings):
+    """AdamW, and the cosine that its learning rate follows."""
+
+    lr: float = Field(default=3e-4, gt=0)
+    """Highest learning rate, reached at the end of the warm-up."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the last step."""
+    warmup: int = Field(default=100, ge=0)
+    """Steps of linear warm-up."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment; Emu3's fine-tuning script uses 1e-6."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """On matrices; norms have none."""
+    clip: float = Field(default=1.0, gt=0)
+    """Highest norm of the gradient."""
+
+
+class CheckpointSettings(Settings):
+    """When the run is saved. May be changed when resuming."""
+
+    every: int = Field(default=1000, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class LogSettings(Settings):
+    """What the run reports. May be changed when resuming."""
+
+    every: int = Field(default=10, ge=1)
+    """Steps between records."""
+    validate_every: int = Field(default=500, ge=0)
+    """Steps between validations; 0: none."""
+    validate_samples: int = Field(default=64, ge=1)
+    """Validation samples that are looked at, each drawn and described."""
+    sample_every: int = Field(default=0, ge=0)
+    """Steps between grids of sampled pictures; 0: none."""
+    sample_prompts: list[str] = Field(default_factory=list)
+    """Prompts of the grid; empty: captions of the first training and validation samples."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+
+
+class TrainSettings(Settings):
+    """Everything that a training run depends on, besides its shards."""
+
+    seed: int = Field(default=0, ge=0)
+    """Of initial weights, order, choices and dropout."""
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Shorten `steps` to what this machine does in so many minutes, by the pace measured as it
+    goes. The schedule then depends on the machine; a resumed run keeps the one it had."""
+    accumulate: int = Field(default=1, ge=1)
+    """Packs of `data.context` tokens whose gradients make one step."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of matrix products; weights, norms, softmax and loss are float32 either way."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; auto takes a GPU where there is one."""
+    decoder: Shape = Shape()
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
+
+
+MAY_CHANGE = ("steps", "minutes", "device", "checkpoint", "log")
+"""Settings that a resumed run may have otherwise. Another `steps` changes the schedule."""
+
+
+def recipe_names() -> list[str]:
+    """Recipes that ship with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load_recipe(name: str | Path) -> dict[str, Any]:
+    """Values of a shipped recipe (`tiny`) or of a TOML file; raises `UsageError` for neither."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        path = RECIPES / f"{name}.toml"
+        if str(name) not in recipe_names():
+            near = difflib.get_close_matches(str(name), recipe_names(), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipe_names())}"
+            raise UsageError(f"no recipe {name}: {hint} (or give a file.toml)")
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} is not TOML: {error}") from error
+
+
+def settings_from(
+    recipe: str | Path | None = None,
+    *layers: Mapping[str, Any],
+    sets: Iterable[str] = (),
+) -> TrainSettings:
+    """Defaults, then the recipe, then `layers`, then `key=value` strings."""
+    base = load_recipe(recipe) if recipe is not None else {}
+    return build(TrainSettings, base, *layers, sets=sets)
+
+
+def learning_rate(step: int, total: int, settings: OptimizerSettings) -> float:
+    """Learning rate of `step` (from 0) out of `total`: linear warm-up, then cosine to `min_lr`."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, total - 1 - settings.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return settings.min_lr + (settings.lr - settings.min_lr) * cosine

@@ -1,0 +1,437 @@
+"""One loop from shards to a decoder. Reads top to bottom: set up, step, report, save.
+
+A step is a pure function of (weights, moments, settings, step number): the data comes from a
+cursor, dropout from a seed per step. That makes resuming exact: on a CPU, an interrupted run
+gives bit for bit the losses of one that was left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unimodal.model.checkpoint import (
+    keep_inputs,
+    latest_step,
+    load_step,
+    read_json,
+    save_step,
+    to_toml,
+)
+from unimodal.model.data import (
+    KINDS,
+    Batch,
+    Cursor,
+    Loader,
+    Samples,
+    draw,
+    open_shards,
+    validation,
+)
+from unimodal.model.decoder import Decoder, DecoderConfig, parameter_count
+from unimodal.model.loss import LossByKind, weighted_cross_entropy
+from unimodal.model.metrics import Metrics
+from unimodal.model.recipe import MAY_CHANGE, TrainSettings, learning_rate, load_recipe
+from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.files import atomic
+from unimodal.pipeline.progress import Progress
+from unimodal.pipeline.settings import build
+
+__all__ = ["Interrupted", "TrainSettings", "train"]
+
+FIRST_PACE = 16
+"""With `minutes`, the schedule is fitted to the pace at this step and at each doubling of it."""
+
+
+class Interrupted(UnimodalError):
+    """A signal ended the run after its state was saved."""
+
+
+@dataclass
+class Clock:
+    """Time and tokens of a run, across its resumptions."""
+
+    step: int = 0
+    """Steps done."""
+    total: int = 0
+    """Steps of the schedule."""
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those of earlier processes included."""
+        return self.elapsed_s + time.perf_counter() - self.began
+
+
+def train(
+    shards: Sequence[Path],
+    out: Path,
+    settings: TrainSettings,
+    *,
+    progress: Progress | None = None,
+    resume: bool = True,
+) -> Path:
+    """Train on shard directories and return `out`, the checkpoint directory.
+
+    With `resume`, a run that `out` already holds is continued (or found finished); without, such
+    a directory is refused. SIGTERM and Ctrl-C save and raise `Interrupted`. Raises
+    `UnimodalError` for unusable shards, changed settings or data, and a loss that is not finite.
+    """
+    progress = progress or Progress()
+    opened = open_shards(shards)
+    out.mkdir(parents=True, exist_ok=True)
+    previous = latest_step(out)
+    if previous is not None and not resume:
+        raise UnimodalError(f"{out} already holds a run: resume it, or choose another directory")
+
+    samples = Samples(opened, settings.data.styles)
+    about = _about(opened, samples)
+    if previous is not None:
+        _same_run(out, settings, about)
+    keep_inputs(out, opened[0])
+    with atomic(out / "data.json") as file:
+        file.write_text(json.dumps(about, indent=2) + "\n")
+    with atomic(out / "config.toml") as file:
+        file.write_text(to_toml(settings.model_dump(mode="json")))
+
+    device = _device(settings.device)
+    config = DecoderConfig(settings.decoder, samples.vocabulary.size, settings.data.context)
+    decoder = Decoder(config, settings.seed).to(device)
+    decoder.compute = getattr(torch, settings.precision)
+    optimizer = _optimizer(decoder, settings)
+    clock = Clock(total=settings.steps)
+    cursor, losses = Cursor(), LossByKind(KINDS)
+    if previous is not None:
+        state = load_step(previous, decoder, optimizer)
+        cursor = Cursor(**state["cursor"])
+        clock = Clock(state["step"], settings.steps, state["tokens"], state["elapsed_s"])
+        if settings.minutes is not None:
+            clock.total = state["total"]
+        losses.restore(state["losses"])
+        progress.note(f"resuming at step {clock.step} of {clock.total}")
+    loader = Loader(samples, settings.data, settings.seed, cursor)
+    progress.note(_introduction(decoder, samples, loader, settings, device))
+    run = _Run(out, settings, decoder, optimizer, loader, clock, losses, progress)
+    run.metrics = Metrics(out, clock.step, settings.log.tensorboard)
+    progress.begin("train", clock.total, "steps")
+    progress.advance("train", clock.step)
+    try:
+        with _signals() as received:
+            run.steps(received)
+    finally:
+        progress.end("train")
+        run.metrics.close()
+    return out
+
+
+@dataclass
+class _Run:
+    """What the loop works on."""
+
+    out: Path
+    settings: TrainSettings
+    decoder: Decoder
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    clock: Clock
+    losses: LossByKind
+    progress: Progress
+    metrics: Metrics = field(init=False)
+    _validation: list[Batch] | None = None
+
+    def steps(self, received: list[int]) -> None:
+        """Run to the end of the schedule, or until a signal is in `received`."""
+        clock, settings = self.clock, self.settings
+        mark, marked = clock.seconds(), clock.tokens
+        while clock.step < clock.total:
+            values = self.step()
+            clock.step += 1
+            if settings.minutes is not None:
+                self.fit_schedule(settings.minutes)
+            last = clock.step >= clock.total
+            saving = last or bool(received) or clock.step % settings.checkpoint.every == 0
+            if last or clock.step % settings.log.every == 0:
+                seconds = clock.seconds()
+                speed = (clock.tokens - marked) / max(1e-9, seconds - mark)
+                mark, marked = seconds, clock.tokens
+                self.report({**values, "tokens_per_s": round(speed, 1)})
+            self.progress.advance("train")
+            if _due(clock.step, settings.log.validate_every, last):
+                self.validate()
+            if settings.log.sample_every and _due(clock.step, settings.log.sample_every, last):
+                self.sample()
+            if saving:
+                self.save()
+            if received and not last:
+                name = signal.Signals(received[0]).name
+                raise Interrupted(
+                    f"stopped by {name} at step {clock.step} of {clock.total}; saved in "
+                    f"{self.out}: run the same command again to go on"
+                )
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step; returns loss, lr, grad_norm and fill."""
+        settings, clock = self.settings, self.clock
+        device = self.decoder.lm_head.weight.device
+        if settings.decoder.dropout:
+            torch.manual_seed(int(draw(settings.seed, clock.step, "", "dropout") * 2**63))
+        self.decoder.train()
+        batches = [next(self.loader).to(device) for _ in range(settings.accumulate)]
+        weight = sum(float(batch.weights.sum()) for batch in batches)  # of the whole step
+        total = 0.0
+        for batch in batches:
+            loss, losses = _loss(self.decoder, batch)
+            (loss / weight).backward()
+            total += float(loss) / weight
+            self.losses.add(losses, batch.kinds, batch.weights)
+            clock.tokens += len(batch.ids)
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), settings.optimizer.clip)
+        )
+        if not torch.isfinite(torch.tensor([total, norm])).all():
+            self.stop_not_finite(batches, total, norm)
+        lr = learning_rate(clock.step, clock.total, settings.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        room = settings.accumulate * settings.data.context
+        fill = sum(len(batch.ids) for batch in batches) / room
+        return {"loss": total, "lr": lr, "grad_norm": norm, "fill": round(fill, 4)}
+
+    def report(self, values: dict[str, float]) -> None:
+        """Write and show a record: this step's loss, means by kind since the last record."""
+        by_kind = {f"loss/{name}": mean for name, mean in self.losses.means().items()}
+        clock = self.clock
+        record = {
+            **values,
+            **by_kind,
+            "tokens": clock.tokens,
+            "epoch": self.loader.cursor.epoch,
+            "elapsed_s": round(clock.seconds(), 3),
+        }
+        self.losses.clear()
+        self.metrics.write(clock.step, record)
+        self.progress.show({"step": clock.step, "steps": clock.total, **record})
+
+    def validate(self) -> None:
+        """Mean loss by kind over the validation split, without dropout."""
+        if self._validation is None:
+            settings = self.settings
+            self._validation = validation(
+                self.loader.samples, settings.data, settings.log.validate_samples
+            )
+        if not self._validation:
+            return
+        self.decoder.eval()
+        losses = LossByKind(KINDS)
+        with torch.no_grad():
+            for batch in self._validation:
+                batch = batch.to(self.decoder.lm_head.weight.device)
+                losses.add(_loss(self.decoder, batch)[1], batch.kinds, batch.weights)
+        values = {f"validation/{name}": mean for name, mean in losses.means().items()}
+        self.metrics.write(self.clock.step, values)
+        self.progress.show({"step": self.clock.step, **values})
+
+    def sample(self) -> None:
+        """Draw a grid of pictures, to see what the figures mean."""
+        from unimodal.model.sample import Sampler, contact_sheet
+
+        samples = self.loader.samples
+        prompts = list(self.settings.log.sample_prompts)
+        for split in ("train", "val") if not prompts else ():
+            rows = [row for row in samples.rows[split] if samples.captions(row)][:4]
+            prompts += [samples.caption(row, 0) for row in rows]
+        self.decoder.eval()
+        sampler = Sampler.for_checkpoint(self.out, self.decoder)
+        pictures = sampler.images(prompts, seed=self.settings.seed)
+        sheet = contact_sheet([row[0] for row in pictures])
+        path = self.out / "samples" / f"step-{self.clock.step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        from PIL import Image
+
+        with atomic(path) as temporary:
+            Image.fromarray(sheet).save(temporary, format="png")
+        self.metrics.image(self.clock.step, "samples", sheet)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step."""
+        clock = self.clock
+        state = {
+            "step": clock.step,
+            "total": clock.total,
+            "tokens": clock.tokens,
+            "elapsed_s": clock.seconds(),
+            "cursor": asdict(self.loader.cursor),
+            "losses": self.losses.state(),
+        }
+        keep = self.settings.checkpoint.keep
+        save_step(self.out, clock.step, self.decoder, self.optimizer, state, keep)
+
+    def fit_schedule(self, minutes: float) -> None:
+        """Choose the number of steps that the measured pace allows."""
+        clock = self.clock
+        doublings = clock.step // FIRST_PACE
+        if clock.step % FIRST_PACE or doublings & (doublings - 1):
+            return
+        seconds = clock.seconds()
+        left = (minutes * 60 - seconds) * clock.step / seconds
+        clock.total = min(self.settings.steps, clock.step + max(1, int(left)))
+        self.progress.begin("train", clock.total, "steps")
+        self.progress.advance("train", clock.step - 1)
+
+    def stop_not_finite(self, batches: list[Batch], loss: float, norm: float) -> None:
+        """Write down what is known of a loss that is not finite, and stop before the weights go.
+
+        The last checkpoint is from before this step.
+        """
+        bad = [
+            name
+            for name, p in self.decoder.named_parameters()
+            if not torch.isfinite(p).all() or (p.grad is not None and not p.grad.isfinite().all())
+        ]
+        report = {
+            "step": self.clock.step,
+            "loss": str(loss),
+            "grad_norm": str(norm),
+            "lr": learning_rate(self.clock.step, self.clock.total, self.settings.optimizer),
+            "samples": [key for batch in batches for key in batch.keys],
+            "not_finite": bad,
+        }
+        path = self.out / "not-finite.json"
+        with atomic(path) as file:
+            file.write_text(json.dumps(report, indent=2) + "\n")
+        raise UnimodalError(
+            f"the loss is {loss} (gradient norm {norm}) at step {self.clock.step}; {path} names "
+            "the samples and tensors: lower optimizer.lr or raise optimizer.warmup, and resume"
+        )
+
+
+def _loss(decoder: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = decoder.hidden(batch.ids, batch.positions, decoder.packed(batch.lengths))
+    return weighted_cross_entropy(hidden, decoder.lm_head.weight, batch.targets, batch.weights)
+
+
+def _optimizer(decoder: Decoder, settings: TrainSettings) -> torch.optim.AdamW:
+    chosen = settings.optimizer
+    matrices = [p for p in decoder.parameters() if p.dim() > 1]
+    norms = [p for p in decoder.parameters() if p.dim() == 1]
+    groups = [
+        {"params": matrices, "weight_decay": chosen.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    betas = (chosen.beta1, chosen.beta2)
+    return torch.optim.AdamW(groups, lr=chosen.lr, betas=betas, eps=chosen.eps, fused=True)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UnimodalError(
+            f"device {name} cannot be used ({str(error).splitlines()[0]}): set device=cpu"
+        ) from error
+    return device
+
+
+def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:
+    """What a checkpoint must remember of its data."""
+    grids: dict[tuple[str, tuple[int, int, int], float | None], int] = {}
+    for row in samples.rows["train"]:
+        key = ("image" if row.fps is None else "video", row.size, row.fps)
+        grids[key] = grids.get(key, 0) + 1
+    common = sorted(grids.items(), key=lambda item: (-item[1], str(item[0])))[:64]
+    return {
+        "vision_tokenizer": dict(opened[0].manifest["vision_tokenizer"]),
+        "vocabulary": dict(opened[0].manifest["vocabulary"]),
+        "samples": {split: len(rows) for split, rows in samples.rows.items()},
+        "grids": [
+            {"kind": kind, "size": list(size), "fps": fps, "samples": count}
+            for (kind, size, fps), count in common
+        ],
+    }
+
+
+def _same_run(out: Path, settings: TrainSettings, about: dict[str, Any]) -> None:
+    """Refuse to resume with other data or other settings that the steps so far depend on."""
+    if read_json(out / "data.json") != json.loads(json.dumps(about)):
+        raise UnimodalError(
+            f"the shards are not those that {out} was trained on: choose another directory"
+        )
+    old = build(TrainSettings, load_recipe(out / "config.toml")).model_dump(mode="json")
+    new = settings.model_dump(mode="json")
+    changed = [
+        f"{group}.{key} was {was[key]!r}, now {new[group][key]!r}"
+        if isinstance(was, dict)
+        else f"{group} was {was!r}, now {new[group]!r}"
+        for group, was in old.items()
+        if group not in MAY_CHANGE
+        for key in (was if isinstance(was, dict) else [group])
+        if (was[key] if isinstance(was, dict) else was)
+        != (new[group][key] if isinstance(was, dict) else new[group])
+    ]
+    if changed:
+        raise UnimodalError(
+            f"{out} was trained with other settings ({'; '.join(changed)}): "
+            "set them back, or choose another directory"
+        )
+
+
+def _introduction(
+    decoder: Decoder,
+    samples: Samples,
+    loader: Loader,
+    settings: TrainSettings,
+    device: torch.device,
+) -> str:
+    count = parameter_count(decoder)
+    millions = ", ".join(f"{name} {number / 1e6:.2f} M" for name, number in count.items())
+    plan, context = loader.plan, settings.data.context
+    skipped = f"; {plan.skipped} too long for data.context skipped" if plan.skipped else ""
+    return (
+        f"decoder {sum(count.values()) / 1e6:.2f} M parameters ({millions}) on {device}, "
+        f"{settings.precision}; {len(samples.rows['train'])} training and "
+        f"{len(samples.rows['val'])} validation samples; packs {plan.fill(context):.1%} full"
+        f"{skipped}"
+    )
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return bool(every) and (last or step % every == 0)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying; a second SIGINT interrupts at once.
+
+    Outside the main thread signals cannot be taken over: there the list stays empty.
+    """
+    received: list[int] = []
+
+    def take(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        old = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

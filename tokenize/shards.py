@@ -109,7 +109,7 @@ class ShardWriter:
 
     A shard is the result of one unit of work, known by a digest. `has` tells whether the unit
     is done already, `write` does it, `finish` makes the directory readable. Until then the
-    manifest says "writing". One writer at a time.
+    manifest says "writing". The caller sees to it that there is one writer at a time.
 
     Raises `UnimodalError` if `out` holds shards of another tokenizer, vocabulary or settings.
     """
@@ -139,11 +139,10 @@ class ShardWriter:
                 f"the vocabulary has room for {vocabulary.codebook_size} vision codes, the "
                 f"tokenizer has {tokenizer.codebook_size}: choose a vocabulary made for it"
             )
+        check_ours(out)
         out.mkdir(parents=True, exist_ok=True)
         if (out / "manifest.json").exists():
             self._same(_manifest(out))
-        elif any(out.glob("shard-*.tar")):
-            raise UnimodalError(f"{out} holds shards of unknown make: choose another --out")
         else:
             _fill(out / "vocabulary", vocabulary)
             _fill(out / "vision_tokenizer", tokenizer)
@@ -161,6 +160,10 @@ class ShardWriter:
         except (OSError, ValueError, KeyError, pa.ArrowException):
             return False
         return unit["digest"] == digest and unit["tar_bytes"] == tar.stat().st_size
+
+    def lost(self, number: int) -> list[dict[str, str]]:
+        """Rows {uri, reason} of what finished shard `number` had to leave out."""
+        return list(_unit(self._paths(number)[1])["quarantine"])
 
     def write(
         self,
@@ -388,6 +391,18 @@ class Shards:
 
     def __len__(self) -> int:
         return int(self.manifest["totals"]["samples"])
+
+
+def check_ours(out: Path) -> None:
+    """Raise `UnimodalError` if `out` is something else than a shard directory, or a new one."""
+    if out.exists() and not out.is_dir():
+        raise UnimodalError(f"{out} is a file: choose another --out")
+    if out.is_dir() and not (out / "manifest.json").exists():
+        begun = {"vocabulary", "vision_tokenizer", "run.lock"}
+        if any(p.name not in begun and not p.name.endswith(".tmp") for p in out.iterdir()):
+            raise UnimodalError(
+                f"{out} is not empty and not a shards directory: choose another --out"
+            )
 
 
 _PLACE = ("shard", "key", "offset", "nbytes", "frames", "height", "width")

@@ -102,6 +102,29 @@ class Vocabulary:
             text=text, vision_start=EMU3_VISION_START, codebook_size=codebook_size, **EMU3_IDS
         )
 
+    @classmethod
+    def named(cls, name: str, codebook_size: int) -> Vocabulary:
+        """The vocabulary that a user's setting means, with room for `codebook_size` codes.
+
+        `bytes`; `emu3:FILE` with Qwen's rank file; a directory that `save` wrote; or the file of
+        a text tokenizer (*.tiktoken, tokenizer.json), with our control tokens behind it.
+        """
+        if name == "bytes":
+            return cls.bytes(codebook_size)
+        preset, colon, file = name.partition(":")
+        if preset == "emu3":
+            if not colon:
+                raise UnimodalError(
+                    "the emu3 vocabulary needs its rank file: write emu3:PATH/emu3.tiktoken "
+                    "(or qwen.tiktoken, which is the same)"
+                )
+            return cls.emu3(file, codebook_size)
+        if not Path(name).exists():
+            raise UnimodalError(f"no vocabulary {name}: give bytes, emu3:FILE, a file or a folder")
+        if (Path(name) / "vocabulary.json").is_file():
+            return cls.load(name)
+        return cls.build(TextTokenizer.load(name), codebook_size)
+
     @property
     def specials(self) -> dict[str, int]:
         """Control tokens by name."""

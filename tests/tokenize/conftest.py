@@ -27,6 +27,7 @@ class BlockMean:
     """
 
     codebook_size = 256
+    spatial_factor = 8
 
     def __init__(self, digest: str = "0" * 64) -> None:
         self.digest = digest

@@ -158,7 +158,7 @@ def test_shards_of_two_makes_never_mix(
     with pytest.raises(UnimodalError, match="room for 255 vision codes, the tokenizer has 256"):
         write(tmp_path / "new", vocabulary=Vocabulary.bytes(255))
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(UnimodalError, match="unknown make"):
+    with pytest.raises(UnimodalError, match="not empty and not a shards directory"):
         write(tmp_path)
 
 

@@ -1,0 +1,333 @@
+"""What tokenizing a run will do, known before a pixel is decoded.
+
+    kept clips  ->  windows (one sample each)  ->  units (one shard each)
+
+Everything here follows from clips.parquet and the settings alone. That is what makes a run
+resumable by shard and its bytes independent of interruptions: sizes, windows, batches and shard
+borders are all fixed before work begins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from unimodal.pipeline.clips import SPAN
+from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError
+from unimodal.pipeline.settings import Settings
+from unimodal.tokenize.document import block_length
+from unimodal.tokenize.shards import INDEX
+from unimodal.tokenize.vocabulary import Vocabulary
+
+TEMPORAL = 4
+"""Pictures in one latent frame of Emu3's vision tokenizer."""
+SPATIAL = 8
+"""Pixels along a side of one code of Emu3's vision tokenizer."""
+
+MAX_SHARD_CODES = 1 << 26
+"""A shard is closed when it holds this many codes (128 MiB), however few its samples are."""
+
+_UID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class TokenizeSettings(Settings):
+    """Settings of `unimodal tokenize`."""
+
+    tokenizer: str = "small"
+    """Vision tokenizer: `small` (ships with the package) or a directory of weights."""
+    vocabulary: str = "bytes"
+    """`bytes`, `emu3:FILE`, the file of a text tokenizer, or a saved vocabulary."""
+    area: int = Field(default=256 * 256, ge=SPATIAL * SPATIAL)
+    """Pixels of a picture after resizing; the aspect is kept, sides become multiples of 8."""
+    fps: float = Field(default=8.0, gt=0, le=240)
+    """Pictures per second that are taken from a video, by time stamp."""
+    seconds: float = Field(default=5.0, gt=0)
+    """Longest window of a video that becomes one sample."""
+    max_tokens: int = Field(default=131_072, ge=16)
+    """Longest document, without its caption: windows are shortened to fit. Default: Emu3's."""
+    crop: bool = True
+    """Cut letterbox bars off, by the box that curation measured."""
+    shard_size: int = Field(default=512, ge=1)
+    """Samples in a shard, which is also what an interruption costs at most."""
+    batch: int = Field(default=8, ge=1)
+    """Images, or groups of 4 frames, that are encoded at once."""
+    val_fraction: float = Field(default=0.02, ge=0, lt=1)
+    """Share of sources (not of clips) that go to the validation split."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Emu3 (arXiv 2409.18869): pictures of about 512x512 pixels, 5 s at 24 fps in 131,072 tokens.
+    "emu3": {"area": 512 * 512, "fps": 24.0, "seconds": 5.0, "max_tokens": 131_072},
+}
+
+
+@dataclass(frozen=True)
+class Window:
+    """One sample to be: an image, or some pictures of a video."""
+
+    key: str
+    clip: Mapping[str, Any] = field(repr=False)
+    """The row of clips.parquet."""
+    size: tuple[int, int]
+    """Height and width in pixels after resizing."""
+    grid: tuple[int, int]
+    """Height and width in codes."""
+    box: tuple[int, int, int, int] | None
+    """x0, y0, x1, y1 of what is used of the picture as shown; None for all of it."""
+    first: int = 0
+    """Index of its first picture among those that `fps` takes from the clip."""
+    pictures: int = 1
+    fps: Fraction | None = None
+    """None for an image."""
+
+    @property
+    def codes(self) -> int:
+        """Number of vision codes."""
+        frames = 1 if self.fps is None else self.pictures // TEMPORAL
+        return frames * self.grid[0] * self.grid[1]
+
+    def span(self) -> tuple[float | None, float | None]:
+        """First and last moment, in seconds from the source's first frame; None for an image."""
+        if self.fps is None:
+            return None, None
+        start = Fraction(self.first) / self.fps
+        end = start + Fraction(self.pictures) / self.fps
+        offset = float(self.clip["start_s"] or 0)
+        # The last picture stands for 1/fps seconds, of which the clip may hold only a part.
+        last = min(offset + float(end), self.clip["end_s"] or math.inf)
+        return round(offset + float(start), 6), round(last, 6)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The work for one shard."""
+
+    number: int
+    windows: list[Window]
+    unfit: list[dict[str, str]]
+    """Rows {uri, reason} of clips that cannot become samples."""
+
+    def digest(self, header: Mapping[str, Any]) -> str:
+        """Names the result: all that the shard's bytes depend on, but for the media themselves.
+
+        `header` says which tokenizer, vocabulary and settings.
+        """
+        state = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        state.update(json.dumps(self.unfit, sort_keys=True).encode())
+        for window in self.windows:
+            facts = [
+                window.key,
+                window.size,
+                window.grid,
+                window.box,
+                window.first,
+                window.pictures,
+            ]
+            row = {key: value for key, value in window.clip.items() if key != "uri"}
+            state.update(json.dumps([*facts, str(window.fps), row], sort_keys=True).encode())
+        return state.hexdigest()
+
+
+def kept_clips(run_dir: Path, limit: int | None = None) -> pa.Table:
+    """Kept rows of a run's clips.parquet, in the order of tokenizing.
+
+    Clips of one source stand together, so that a video is read from front to back; sources are
+    in the order of their digests. `limit` takes only the first so many clips. Raises
+    `UnimodalError` if there is no run, or nothing in it was kept.
+    """
+    path = run_dir / "clips.parquet"
+    if not path.is_file():
+        raise UnimodalError(
+            f"no clips at {run_dir} (there is no clips.parquet): make them with "
+            f"unimodal curate MEDIA -o {run_dir}"
+        )
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UnimodalError(
+            f"{path} cannot be read ({error}): run unimodal curate again"
+        ) from error
+    missing = [name for name in (*SPAN.names, "verdict") if name not in table.column_names]
+    if missing:
+        raise UnimodalError(f"{path} lacks {', '.join(missing)}: run unimodal curate again")
+    kept = table.filter(pc.equal(table["verdict"], "keep"))
+    if not len(kept):
+        raise UnimodalError(
+            f"no clip of {run_dir} is kept ({len(table)} dropped): its column reasons says why; "
+            "loosen the rules with unimodal decide"
+        )
+    used = {*SPAN.names, "captions", "meta", *score_columns(kept)}
+    kept = kept.select([name for name in kept.column_names if name in used])
+    order = [(name, "ascending") for name in ("source_sha256", "start_pts", "uid")]
+    return kept.sort_by(order).slice(0, limit)
+
+
+def score_columns(clips: pa.Table) -> list[str]:
+    """Measured columns, which ride along into the index: every float that is not the span's."""
+    known = {*SPAN.names, *INDEX.names}
+    return [f.name for f in clips.schema if pa.types.is_floating(f.type) and f.name not in known]
+
+
+def units(
+    clips: pa.Table, settings: TokenizeSettings, vocabulary: Vocabulary, factor: int = SPATIAL
+) -> Iterator[Unit]:
+    """The work, shard by shard; a clip's windows stay in one shard unless they alone fill it.
+
+    `factor` is the vision tokenizer's: pixels along a side of one code.
+    """
+    if settings.seconds * settings.fps < TEMPORAL:
+        raise UsageError(
+            f"{settings.seconds:g} s at {settings.fps:g} fps are fewer than {TEMPORAL} pictures, "
+            "which one latent frame needs: raise --seconds or --fps"
+        )
+    number, codes, seen = 0, 0, ""
+    todo: list[Window] = []
+    unfit: list[dict[str, str]] = []
+    for batch in clips.to_batches(max_chunksize=4096):
+        for row in batch.to_pylist():
+            if row["uid"] == seen:  # the same span listed twice
+                continue
+            seen = row["uid"]
+            try:
+                found = windows(row, settings, vocabulary, factor)
+            except MediaError as error:
+                unfit.append({"uri": row["uri"], "reason": error.reason})
+                continue
+            for position, window in enumerate(found):
+                full = len(todo) >= settings.shard_size or codes >= MAX_SHARD_CODES
+                whole = len(todo) + len(found) <= settings.shard_size
+                if full or (position == 0 and todo and not whole):
+                    yield Unit(number, todo, unfit)
+                    number, codes, todo, unfit = number + 1, 0, [], []
+                todo.append(window)
+                codes += window.codes
+    if todo or unfit:
+        yield Unit(number, todo, unfit)
+
+
+def windows(
+    row: Mapping[str, Any],
+    settings: TokenizeSettings,
+    vocabulary: Vocabulary,
+    factor: int = SPATIAL,
+) -> list[Window]:
+    """The samples that one clip becomes; raises `MediaError` if it can become none."""
+    from unimodal.tokenize.vision.pixels import MAX_ASPECT, area_size
+
+    if not _UID.fullmatch(row["uid"]):
+        raise MediaError(f"its uid {row['uid'][:80]!r} cannot name a sample")
+    width, height = row.get("width"), row.get("height")
+    if not width or not height or min(width, height) < 1:
+        raise MediaError("its size is not known")
+    box = _box(row, width, height) if settings.crop else None
+    shown: tuple[int, int] = (box[3] - box[1], box[2] - box[0]) if box else (height, width)
+    if max(shown) > MAX_ASPECT * min(shown):
+        raise MediaError(
+            f"{shown[1]}x{shown[0]} pixels are more than {MAX_ASPECT:g} times as long as wide"
+        )
+    size = area_size(*shown, settings.area, factor)
+    grid = (size[0] // factor, size[1] // factor)
+    if row["kind"] == "image":
+        length = 2 + block_length(vocabulary, *grid)
+        if length > settings.max_tokens:
+            raise MediaError(_too_long(size, length, settings))
+        return [Window(row["uid"], row, size, grid, box)]
+
+    fps = Fraction(str(settings.fps))
+    count = math.ceil(_duration(row) * fps)  # pictures at 0, 1/fps, 2/fps, ... before the end
+    most = math.floor(Fraction(str(settings.seconds)) * fps) // TEMPORAL
+    while most and 2 + block_length(vocabulary, *grid, most, float(fps)) > settings.max_tokens:
+        most -= 1
+    if not most:
+        length = 2 + block_length(vocabulary, *grid, 1, float(fps))
+        raise MediaError(_too_long(size, length, settings))
+    found: list[Window] = []
+    for first in range(0, count, most * TEMPORAL):
+        pictures = min(count - first, most * TEMPORAL) // TEMPORAL * TEMPORAL
+        if pictures:
+            key = f"{row['uid']}-{len(found):04d}"
+            found.append(Window(key, row, size, grid, box, first, pictures, fps))
+    if not found:
+        raise MediaError(
+            f"too short: {count} pictures at {settings.fps:g} fps, and {TEMPORAL} make one frame "
+            "of codes"
+        )
+    return found
+
+
+def window_captions(window: Window) -> list[dict[str, Any]]:
+    """Captions {style, lang, text} that speak of a window, by precedence.
+
+    Those of the whole clip all do; of those with a time span, the one of each style and
+    language that overlaps the window most.
+    """
+    start, end = window.span()
+    chosen: list[dict[str, Any]] = []
+    best: dict[tuple[Any, Any], tuple[float, int]] = {}
+    for caption in window.clip.get("captions") or []:
+        if not caption["text"] or caption.get("status") not in (None, "", "ok"):
+            continue
+        kept = {key: caption.get(key) for key in ("style", "lang", "text")}
+        since, until = caption.get("start_s"), caption.get("end_s")
+        if start is None or end is None or since is None or until is None:
+            chosen.append(kept)
+            continue
+        overlap = min(end, until) - max(start, since)
+        kind = (kept["style"], kept["lang"])
+        if overlap <= 0 or (kind in best and best[kind][0] >= overlap):
+            continue
+        if kind in best:
+            chosen[best[kind][1]] = kept
+        else:
+            chosen.append(kept)
+        best[kind] = (overlap, best[kind][1] if kind in best else len(chosen) - 1)
+    return chosen
+
+
+def split_of(source_sha256: str, val_fraction: float) -> str:
+    """`train` or `val`, by the source: clips of one video never end up on both sides."""
+    # Hashed once more, so that the order of tokenizing says nothing about the split.
+    digest = hashlib.sha256(f"split:{source_sha256}".encode()).digest()
+    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+
+
+def _box(row: Mapping[str, Any], width: int, height: int) -> tuple[int, int, int, int] | None:
+    """The letterbox-free box, if there is one that leaves something out."""
+    found = [row.get(name) for name in ("crop_x0", "crop_y0", "crop_x1", "crop_y1")]
+    if any(value is None for value in found):
+        return None
+    x0, y0, x1, y1 = (int(value) for value in found if value is not None)
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise MediaError(f"its crop box {x0},{y0},{x1},{y1} is not inside {width}x{height}")
+    return None if (x0, y0, x1, y1) == (0, 0, width, height) else (x0, y0, x1, y1)
+
+
+def _duration(row: Mapping[str, Any]) -> Fraction:
+    """Seconds, exactly."""
+    try:
+        base = Fraction(row["time_base"])
+        duration = (row["end_pts"] - row["start_pts"]) * base
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise MediaError("its span has no time stamps") from error
+    if duration <= 0 or base <= 0:
+        raise MediaError("its span is empty")
+    return duration
+
+
+def _too_long(size: tuple[int, int], length: int, settings: TokenizeSettings) -> str:
+    return (
+        f"{size[1]}x{size[0]} pixels make {length} tokens, over max_tokens "
+        f"{settings.max_tokens}: lower --area or raise --max-tokens"
+    )

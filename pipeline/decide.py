@@ -131,10 +131,14 @@ def decide(clips: pa.Table, settings: DecideSettings) -> pa.Table:
                     line = str(error).splitlines()[0]
                     raise UsageError(f'decide.extra "{rule.keep}": {line}') from error
         reasons = ", ".join(_reason(rule, values) for rule in active) or "NULL"
-        found = database.sql(
-            f"SELECT uid, list_filter([{reasons}], lambda r: r IS NOT NULL) AS reasons "
-            "FROM clips ORDER BY row"
-        ).to_arrow_table()
+        try:
+            found = database.sql(
+                f"SELECT uid, list_filter([{reasons}], lambda r: r IS NOT NULL) AS reasons "
+                "FROM clips ORDER BY row"
+            ).to_arrow_table()
+        except duckdb.Error as error:  # a rule that parses but fails on a row
+            line = str(error).splitlines()[0]
+            raise UsageError(f"a rule of decide.extra cannot be evaluated: {line}") from error
     why = found.column("reasons").cast(pa.list_(pa.string())).combine_chunks()
     verdict = ["drop" if reasons else "keep" for reasons in why.to_pylist()]
     return pa.table({"uid": found.column("uid"), "verdict": verdict, "reasons": why})

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from unimodal.pipeline.errors import UnimodalError, UsageError
@@ -62,28 +63,29 @@ def _local(jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int) ->
     # With fewer parts than processors, as for one long video, each decoder takes several.
     threads = max(1, (os.cpu_count() or 1) // workers)
     failures: list[Exception] = []
-    stop = threading.Event()
+    crew = [Supervised(patience) for _ in range(workers)]
 
-    def drive() -> None:
-        worker = Supervised(patience)
+    def drive(worker: Supervised) -> None:
         try:
-            while not stop.is_set():
-                job = waiting.get_nowait()
-                job.threads = threads
-                worker.do(job, tell)
+            while not failures:
+                worker.do(replace(waiting.get_nowait(), threads=threads), tell)
         except queue.Empty:
             pass
         except Exception as error:
             failures.append(error)
-            stop.set()
         finally:
             worker.close()
 
-    drivers = [threading.Thread(target=drive, daemon=True) for _ in range(workers)]
+    drivers = [threading.Thread(target=drive, args=(worker,), daemon=True) for worker in crew]
     for driver in drivers:
         driver.start()
-    for driver in drivers:
-        driver.join()
+    try:
+        for driver in drivers:
+            driver.join()
+    except BaseException:  # Ctrl-C: nobody may go on writing once the lock is released
+        for worker in crew:
+            worker.stop()
+        raise
     if failures:
         raise failures[0]
 

@@ -23,6 +23,7 @@ between machines that share the directory)."""
 @contextmanager
 def run_lock(run: Path, progress: Progress) -> Iterator[None]:
     """Hold `run`/run.lock while the block runs; raises `UnimodalError` if somebody else does."""
+    mine = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
     path = run / "run.lock"
     _take(path, progress)
@@ -43,6 +44,8 @@ def run_lock(run: Path, progress: Progress) -> Iterator[None]:
         stop.set()
         heart.join()
         path.unlink(missing_ok=True)
+        if mine and not any(run.iterdir()):  # nothing came of it: leave nothing behind
+            run.rmdir()
 
 
 def _take(path: Path, progress: Progress) -> None:

@@ -383,7 +383,7 @@ def _pillow(path: Path) -> Iterator[Image]:
             pillow.init()  # a Pillow built without AVIF or JPEG 2000 lacks their entries
             image = pillow.open(path, formats=[f for f in IMAGE_FORMATS if f in pillow.OPEN])
     except pillow.DecompressionBombError as error:
-        raise MediaError(f"too large: {error}", path) from error
+        raise MediaError("its header promises far too many pixels", path) from error
     except pillow.UnidentifiedImageError as error:
         raise MediaError("its image format or colour layout is not known", path) from error
     except (OSError, SyntaxError, ValueError) as error:

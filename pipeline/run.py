@@ -325,7 +325,9 @@ def _write_info(
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    seconds = pc.sum(run.clips.column("duration_s")).as_py() or 0.0
+    clips = pq.read_table(run.path / "clips.parquet", columns=["verdict", "duration_s"])
+    kept = pc.sum(pc.equal(clips.column("verdict"), "keep")).as_py() or 0
+    seconds = pc.sum(clips.column("duration_s")).as_py() or 0.0
     info = {
         "settings": settings.model_dump(mode="json"),
         "stages": dict(stages),
@@ -340,10 +342,10 @@ def _write_info(
             "parts": len(parts),
             "sources": sum(len(part.sources) for part in parts),
             "copies": sum(len(source.copies) for part in parts for source in part.sources),
-            "clips": run.clips.num_rows,
-            "kept": run.kept,
-            "dropped": run.dropped,
-            "quarantined": run.quarantined,
+            "clips": clips.num_rows,
+            "kept": kept,
+            "dropped": clips.num_rows - kept,
+            "quarantined": pq.read_metadata(run.path / "quarantine.parquet").num_rows,
             "clip_seconds": round(seconds, 3),
         },
     }

@@ -37,6 +37,10 @@ class Patience(Settings):
     """A source on which so many workers died is quarantined."""
 
 
+START_S = 120.0
+"""Seconds that a new worker may take to load its libraries."""
+
+
 class Supervised:
     """One worker process after another, doing one job at a time."""
 
@@ -45,6 +49,7 @@ class Supervised:
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = b""
         self._errors: Any = None
+        self._stopped = False
 
     @property
     def pid(self) -> int | None:
@@ -63,6 +68,8 @@ class Supervised:
             culprit, reason, final = self._attempt(replace(job, poison=poison), tell)
             if reason is None:
                 return
+            if self._stopped:
+                raise UnimodalError("stopped; run the same command again to go on")
             deaths[culprit] += 1
             if not culprit and deaths[""] >= self._patience.deaths:
                 raise UnimodalError(
@@ -70,6 +77,12 @@ class Supervised:
                 )
             if culprit and (final or deaths[culprit] >= self._patience.deaths):
                 poison[culprit] = reason
+
+    def stop(self) -> None:
+        """End the worker from another thread; `do` raises there."""
+        self._stopped = True
+        if (process := self._process) is not None:
+            process.kill()
 
     def close(self) -> None:
         """End the worker."""
@@ -87,6 +100,7 @@ class Supervised:
     def _attempt(self, job: Job, tell: Tell) -> tuple[str, str | None, bool]:
         """One try: (source at fault or "", reason or None when done, whether to give it up)."""
         source = ""
+        fresh = self._process is None or self._process.poll() is not None
         try:
             process = self._started()
             assert process.stdin is not None
@@ -95,19 +109,20 @@ class Supervised:
         except OSError:
             return source, self._buried(), False
         since = heard = time.monotonic()
+        stall = START_S if fresh else self._patience.stall_s
         while True:
-            limit = min(heard + self._patience.stall_s, since + self._patience.source_s)
+            limit = min(heard + stall, since + self._patience.source_s)
             event = self._event(limit)
             now = time.monotonic()
             if event is None and now < limit:
                 return source, self._buried(), False
             if event is None or now - since > self._patience.source_s:
-                silent = now - heard >= self._patience.stall_s
+                silent = now - heard >= stall
                 self.close()
                 if silent:
-                    return source, f"no progress for {self._patience.stall_s:g} s", True
+                    return source, f"no progress for {stall:g} s", True
                 return source, f"not done after {self._patience.source_s:g} s", True
-            heard = now
+            heard, stall = now, self._patience.stall_s
             if "source" in event:
                 source, since = event["source"], now
                 tell.source(source)

@@ -57,6 +57,11 @@ def do(job: Job, tell: Tell) -> None:
 
 def main() -> None:
     """Do the jobs that come in on standard input until it closes."""
+    # Loaded before the first job, so that slow imports do not look like a stuck file.
+    import av  # noqa: F401
+    import cv2  # noqa: F401
+    import scenedetect  # noqa: F401
+
     # Libraries that print would garble the events: they get standard error instead.
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -1,0 +1,69 @@
+"""One writer at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.lock import STALE_S, run_lock
+from unimodal.pipeline.progress import Progress
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)
+
+    def show(self, values: Mapping[str, Any]) -> None:
+        raise AssertionError("not here")
+
+
+def test_a_second_writer_is_refused_by_name_and_let_in_afterwards(tmp_path: Path) -> None:
+    with run_lock(tmp_path, Progress()):
+        with (
+            pytest.raises(UnimodalError, match=f"process {os.getpid()}"),
+            run_lock(tmp_path, Notes()),
+        ):
+            pass
+        assert (tmp_path / "run.lock").exists()
+    assert not (tmp_path / "run.lock").exists()
+    with run_lock(tmp_path, Progress()):
+        pass
+
+
+def _leave(run: Path, host: str, pid: int, age: float) -> None:
+    lock = run / "run.lock"
+    lock.write_text(json.dumps({"host": host, "pid": pid}))
+    os.utime(lock, (time.time() - age, time.time() - age))
+
+
+def test_a_lock_of_the_dead_is_taken_over_with_a_message(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    for host, pid, age in [
+        (socket.gethostname(), child.pid, 0.0),
+        ("elsewhere", 1, STALE_S + 5),
+    ]:
+        _leave(tmp_path, host, pid, age)
+        notes = Notes()
+        with run_lock(tmp_path, notes):
+            pass
+        assert len(notes.lines) == 1 and "taking over" in notes.lines[0]
+
+
+def test_a_lock_of_another_machine_that_still_beats_is_respected(tmp_path: Path) -> None:
+    _leave(tmp_path, "elsewhere", 1, 5)
+    with pytest.raises(UnimodalError, match="elsewhere"), run_lock(tmp_path, Notes()):
+        pass

@@ -191,7 +191,7 @@ class _Run:
         for batch in batches:
             loss, losses = _loss(self.decoder, batch)
             (loss / weight).backward()
-            total += float(loss) / weight
+            total += float(loss.detach()) / weight
             self.losses.add(losses, batch.kinds, batch.weights)
             clock.tokens += len(batch.ids)
         norm = float(

@@ -19,9 +19,11 @@ from unimodal.tokenize.vocabulary import Vocabulary
 CODEBOOK = 64
 
 
-@pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    # Matrices this small gain nothing from a second thread, and on a busy machine its spinning
+    # made these tests ten times slower.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +82,7 @@ def make_shards(vocabulary: Vocabulary, tokenizer: VisionTokenizer) -> MakeShard
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory, make_shards: MakeShards) -> Shards:
-    """Ten pictures of 4x5 codes, a clip of two latent frames, two of the pictures for validation."""
+    """Ten pictures of 4x5 codes, two of them for validation, and a clip of two latent frames."""
     rng = np.random.default_rng(0)
     codes = [rng.integers(0, CODEBOOK, (1, 4, 5)) for _ in range(10)]
     codes.append(rng.integers(0, CODEBOOK, (2, 3, 3)))

@@ -1,0 +1,66 @@
+"""Recipes and the learning rate."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from unimodal.model.checkpoint import to_toml
+from unimodal.model.recipe import (
+    OptimizerSettings,
+    TrainSettings,
+    learning_rate,
+    load_recipe,
+    recipe_names,
+    settings_from,
+)
+from unimodal.pipeline.errors import UsageError
+
+
+def test_every_shipped_recipe_is_valid() -> None:
+    assert {"tiny", "small"} <= set(recipe_names())
+    for name in recipe_names():
+        settings_from(name)
+
+
+def test_later_layers_win_over_the_recipe() -> None:
+    settings = settings_from("tiny", {"seed": 7}, sets=["decoder.layers=2", "seed=8"])
+    assert settings.seed == 8
+    assert settings.decoder.layers == 2
+    assert settings.decoder.width == settings_from("tiny").decoder.width
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="no recipe tinny: did you mean tiny"):
+        load_recipe("tinny")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_recipe("nowhere.toml")
+
+
+def test_an_unknown_setting_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"optimizer\.lrr: did you mean optimizer\.lr"):
+        settings_from("tiny", sets=["optimizer.lrr=1"])
+
+
+def test_settings_written_as_toml_read_back_equal(tmp_path: Path) -> None:
+    settings = settings_from("tiny", sets=['log.sample_prompts=["a \\"quoted\\" cat", "é"]'])
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(settings.model_dump(mode="json")))
+    assert settings_from(path) == settings
+
+
+def test_learning_rate_warms_up_then_falls_to_its_minimum() -> None:
+    chosen = OptimizerSettings(lr=1.0, min_lr=0.1, warmup=10)
+    rates = [learning_rate(step, 100, chosen) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    # The warm-up does not depend on the schedule's end, which `minutes` may still move.
+    assert rates[:10] == [learning_rate(step, 1000, chosen) for step in range(10)]
+
+
+def test_defaults_are_complete() -> None:
+    assert TrainSettings().decoder.channels == 32

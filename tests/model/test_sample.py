@@ -1,0 +1,365 @@
+"""The sampler against transformers' generate, against itself, and against bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+from unimodal.model.decoder import Decoder, DecoderConfig, Shape
+from unimodal.model.grammar import BlockGrammar
+from unimodal.model.recipe import TrainSettings
+from unimodal.model.sample import Choice, Noise, Sampler, contact_sheet
+from unimodal.model.train import train
+from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.tokenize.document import FREE, Image, Text, Video, parse
+from unimodal.tokenize.shards import Shards
+from unimodal.tokenize.vision.tokenizer import VisionTokenizer
+from unimodal.tokenize.vocabulary import Vocabulary
+
+PROMPTS = ["a", "a red kite", "", "the quick brown fox"]
+GREEDY = Choice(temperature=None)
+GRIDS = [
+    {"kind": "image", "size": [1, 4, 5], "fps": None, "samples": 8},
+    {"kind": "video", "size": [2, 4, 4], "fps": 6.0, "samples": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def decoder(vocabulary: Vocabulary) -> Decoder:
+    shape = Shape(width=48, layers=2, heads=6, kv_heads=2, ffn=80, init_std=0.2)
+    return Decoder(DecoderConfig(shape, vocabulary.size, context=128)).eval()
+
+
+@pytest.fixture(scope="module")
+def sampler(decoder: Decoder, vocabulary: Vocabulary, tokenizer: VisionTokenizer) -> Sampler:
+    return Sampler(decoder, vocabulary, tokenizer, GRIDS)
+
+
+def _stack(rows: list[list[np.ndarray]]) -> np.ndarray:
+    return np.stack([one for row in rows for one in row])
+
+
+def test_greedy_guided_drawing_equals_transformers_generate_token_for_token(
+    sampler: Sampler, decoder: Decoder, vocabulary: Vocabulary
+) -> None:
+    grammar = BlockGrammar(vocabulary, 4, 5)
+    config = LlamaConfig(
+        vocab_size=vocabulary.size,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        pad_token_id=vocabulary.pad,
+        eos_token_id=vocabulary.eos,
+    )
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.load_state_dict(decoder.state_dict())
+    negative = "blurry"
+    ours = sampler.codes(PROMPTS, grammar, guidance=3.0, choice=GREEDY, negative=negative)
+    vision = list(range(grammar.vision.start, grammar.vision.stop))
+    for prompt, (codes,) in zip(PROMPTS, ours, strict=True):
+        context, empty = (
+            torch.tensor([[vocabulary.bos, *vocabulary.text.encode(text), *grammar.opening]])
+            for text in (prompt, negative)
+        )
+
+        def allowed(_: int, ids: torch.Tensor, start: int = context.shape[1]) -> Sequence[int]:
+            place = grammar.template[len(grammar.opening) + len(ids) - start]
+            return vision if place == FREE else [int(place)]
+
+        rest = len(grammar.template) - len(grammar.opening)
+        out = theirs.generate(
+            context,
+            do_sample=False,
+            max_new_tokens=rest,
+            logits_processor=LogitsProcessorList(
+                [
+                    UnbatchedClassifierFreeGuidanceLogitsProcessor(
+                        3.0, theirs, unconditional_ids=empty
+                    ),
+                    PrefixConstrainedLogitsProcessor(allowed, num_beams=1),
+                ]
+            ),
+        )[0, context.shape[1] - len(grammar.opening) :]
+        assert out.tolist() == grammar.ids(codes).tolist()
+
+
+@torch.no_grad()
+def test_sliced_guidance_equals_guidance_on_full_log_probabilities(
+    sampler: Sampler, decoder: Decoder, vocabulary: Vocabulary
+) -> None:
+    """The same noise gives the same codes as the slow, literal way of EMU3.md: log-softmax over
+    the whole vocabulary, guidance, mask, temperature, top-k, top-p, with no cache."""
+    grammar = BlockGrammar(vocabulary, 3, 4)
+    choice = Choice(temperature=0.8, top_k=20, top_p=0.9)
+    fast = _stack(sampler.codes(PROMPTS, grammar, guidance=2.5, choice=choice, seed=11))
+    for number, prompt in enumerate(PROMPTS):
+        noise = Noise(11, [(number, 0)], torch.device("cpu"))
+        conditional = [vocabulary.bos, *vocabulary.text.encode(prompt), *grammar.opening]
+        unconditional = [vocabulary.bos, *grammar.opening]
+        drawn = []
+        for behind in grammar.behind:
+            c, u = (
+                decoder(torch.tensor([ids]))[0, -1].log_softmax(-1)
+                for ids in (conditional, unconditional)
+            )
+            guided = u + 2.5 * (c - u)
+            mask = torch.full_like(guided, -torch.inf)
+            mask[grammar.vision] = 0
+            logits = (guided + mask) / 0.8
+            logits[logits < logits.topk(20).values[-1]] = -torch.inf
+            ordered, order = logits.sort(descending=True)
+            p = ordered.softmax(-1)
+            logits[order[(p.cumsum(-1) - p) >= 0.9]] = -torch.inf
+            score = logits.softmax(-1)[grammar.vision] / noise(vocabulary.codebook_size)[0]
+            code = int(score.argmax())
+            drawn.append(code)
+            for ids in (conditional, unconditional):
+                ids += [code + vocabulary.vision_start, *behind]
+        assert drawn == fast[number].reshape(-1).tolist()
+
+
+def test_samples_do_not_depend_on_the_batch(
+    decoder: Decoder, vocabulary: Vocabulary, tokenizer: VisionTokenizer
+) -> None:
+    grammar = BlockGrammar(vocabulary, 4, 5)
+    drawn = [
+        _stack(
+            Sampler(decoder, vocabulary, tokenizer, batch=batch).codes(
+                PROMPTS, grammar, n=3, seed=5
+            )
+        )
+        for batch in (1, 5, 32)
+    ]
+    assert np.array_equal(drawn[0], drawn[1])
+    assert np.array_equal(drawn[0], drawn[2])
+
+
+def test_seed_prompt_and_sample_each_give_other_codes_and_a_seed_the_same(
+    sampler: Sampler, vocabulary: Vocabulary
+) -> None:
+    grammar = BlockGrammar(vocabulary, 4, 5)
+    first = _stack(sampler.codes(["a", "a"], grammar, n=2, seed=1))
+    assert len({one.tobytes() for one in first}) == 4
+    assert np.array_equal(first, _stack(sampler.codes(["a", "a"], grammar, n=2, seed=1)))
+    assert not np.array_equal(first, _stack(sampler.codes(["a", "a"], grammar, n=2, seed=2)))
+
+
+def test_guidance_of_one_is_plain_sampling_and_more_of_it_moves_the_codes(
+    sampler: Sampler, vocabulary: Vocabulary
+) -> None:
+    grammar = BlockGrammar(vocabulary, 4, 5)
+
+    def draw(guidance: float) -> np.ndarray:
+        return _stack(sampler.codes(PROMPTS, grammar, guidance=guidance))
+
+    assert np.array_equal(draw(1.0), draw(1.0 + 1e-9))  # one row each, or two
+    assert not np.array_equal(draw(1.0), draw(5.0))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_drawn_blocks_are_legal_documents(
+    sampler: Sampler, vocabulary: Vocabulary, width: int
+) -> None:
+    grammar = BlockGrammar(vocabulary, 3, width)
+    ((codes,),) = sampler.codes(["kite"], grammar)
+    (segment,) = parse(grammar.ids(codes), vocabulary)
+    assert segment == Image(codes)
+    grammar = BlockGrammar(vocabulary, 3, width, 2, 7.5)
+    ((codes,),) = sampler.codes(["kite"], grammar)
+    (segment,) = parse(grammar.ids(codes), vocabulary)
+    assert segment == Video(codes, 7.5)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(20_000, 4)
+    noise = torch.empty(20_000, 4).exponential_(generator=torch.Generator().manual_seed(0))
+    p = (logits[0] / 0.7).softmax(-1)
+    drawn = Choice(temperature=0.7).pick(logits, lambda: noise)
+    share = torch.bincount(drawn, minlength=4) / 20_000
+    torch.testing.assert_close(share, p, atol=0.012, rtol=0)  # over 3 standard errors
+    top = Choice(temperature=0.7, top_k=2).pick(logits, lambda: noise)
+    share = torch.bincount(top, minlength=4) / 20_000
+    torch.testing.assert_close(share[:2], p[:2] / p[:2].sum(), atol=0.012, rtol=0)
+    nucleus = Choice(temperature=0.7, top_p=0.75).pick(logits, lambda: noise)
+    assert set(nucleus.tolist()) == {0}  # p[0] = 0.77 is enough
+    assert set(Choice(top_k=1).pick(logits, lambda: noise).tolist()) == {0}
+
+
+def test_pictures_and_clips_have_the_size_asked_for(sampler: Sampler) -> None:
+    pictures = sampler.images(["a", "b"], size=(24, 40), n=2, top_k=5)
+    assert [len(row) for row in pictures] == [2, 2]
+    assert pictures[0][0].shape == (24, 40, 3) and pictures[0][0].dtype == np.uint8
+    assert sampler.images(["a"])[0][0].shape == (32, 40, 3)  # the grid of training
+    ((clip,),) = sampler.videos(["a"], size=(16, 24), frames=8, fps=6)
+    assert clip.shape == (8, 16, 24, 3)
+    assert sampler.videos(["a"])[0][0].shape == (8, 32, 32, 3)
+
+
+def test_pictures_are_the_decoded_codes(sampler: Sampler, vocabulary: Vocabulary) -> None:
+    from unimodal.tokenize.vision.pixels import to_uint8
+
+    pictures = sampler.images(["a", "kite"], size=(32, 40), seed=3)
+    codes = sampler.codes(["a", "kite"], BlockGrammar(vocabulary, 4, 5), seed=3)
+    decoded = sampler.tokenizer.decode(torch.from_numpy(_stack(codes))[:, None], image=True)
+    assert np.array_equal(_stack(pictures), to_uint8(decoded)[:, 0])
+
+
+@torch.no_grad()
+def test_greedy_description_equals_the_full_forward(
+    sampler: Sampler, decoder: Decoder, vocabulary: Vocabulary
+) -> None:
+    rng = np.random.default_rng(0)
+    grids = [rng.integers(0, 64, (3, 4)), rng.integers(0, 64, (2, 2)), rng.integers(0, 64, (4, 5))]
+    texts = sampler.describe(grids, max_tokens=12)
+    allowed = [*range(256), vocabulary.eos]
+    for codes, text in zip(grids, texts, strict=True):
+        grammar = BlockGrammar(vocabulary, *codes.shape)
+        ids = [vocabulary.bos, *grammar.ids(codes).tolist()]
+        written: list[int] = []
+        while len(written) < 12:
+            logits = decoder(torch.tensor([ids + written]))[0, -1, allowed]
+            best = allowed[int(logits.argmax())]
+            if best == vocabulary.eos:
+                break
+            written.append(best)
+        assert text == vocabulary.text.decode(written)
+
+
+def test_descriptions_stop_at_eos_and_do_not_depend_on_the_batch(
+    decoder: Decoder, vocabulary: Vocabulary, tokenizer: VisionTokenizer
+) -> None:
+    eager = Decoder(decoder.config)
+    eager.load_state_dict(decoder.state_dict())
+    eager.lm_head.weight.data[vocabulary.eos] *= 3  # EOS after a few ids, at unequal times
+    rng = np.random.default_rng(1)
+    grids = [rng.integers(0, 64, (2, 2 + i % 3)) for i in range(6)]
+    one, all_ = (
+        Sampler(eager.eval(), vocabulary, tokenizer, batch=batch).describe(
+            grids, max_tokens=20, temperature=1.0, seed=4
+        )
+        for batch in (1, 32)
+    )
+    assert one == all_
+    lengths = [len(vocabulary.text.encode(text)) for text in all_]
+    assert min(lengths) < 15 and len(set(lengths)) > 1
+
+
+def test_a_picture_is_described_from_its_codes_at_the_trained_size(sampler: Sampler) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    codes = sampler._encode(picture)
+    assert codes.shape == (4, 5)
+    assert sampler.describe([picture], max_tokens=8) == sampler.describe([codes], max_tokens=8)
+    clip = np.stack([picture] * 8)
+    assert sampler._encode(clip).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.images(["a"], size=(30, 40)), "multiples of 8: try 32x40"),
+        (lambda s: s.images(["a"], guidance=0.0), "guidance 0.0 must be positive"),
+        (lambda s: s.images(["a"], guidance=float("nan")), "guidance nan must be positive"),
+        (lambda s: s.images(["a"], temperature=0.0), "temperature 0.0 must be positive"),
+        (lambda s: s.images(["a"], top_k=0), "top-k 0 must be at least 1"),
+        (lambda s: s.images(["a"], top_p=1.5), "top-p 1.5 must be above 0"),
+        (lambda s: s.images(["a"], n=0), "n 0 must be at least 1"),
+        (lambda s: s.images(["a"], size=(96, 96)), r"12\*12 codes take 165 tokens, .* holds 128"),
+        (lambda s: s.images(["a" * 100]), "takes 101 tokens; with 31 of 4.5 .* shorten it by 4"),
+        (lambda s: s.images(["a"], negative="b" * 100), "'bbbb.*shorten it by 4"),
+        (lambda s: s.videos(["a"], frames=6), "frames 6 must be a multiple of 4: try 8"),
+        (lambda s: s.videos(["a"], fps=0.0), "fps 0.0 must be positive"),
+        (lambda s: s.describe([np.zeros((12, 12), int)]), "takes 166 tokens, the context"),
+        (lambda s: s.describe([np.zeros((4, 4), np.uint8)]), "a picture is .H, W, 3."),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    sampler: Sampler, call: Callable[[Sampler], Any], message: str
+) -> None:
+    with pytest.raises(UnimodalError, match=message) as caught:
+        call(sampler)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_shards: Shards,
+    tiny_settings: Callable[..., TrainSettings],
+) -> Path:
+    out = tmp_path_factory.mktemp("run") / "ckpt"
+    return train([tiny_shards.path], out, tiny_settings("steps=4", "log.sample_every=4"))
+
+
+def test_a_checkpoint_samples_after_a_move_and_by_step(checkpoint: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    (picture,) = Sampler.load(moved, device="cpu").images(["picture 1"])[0]
+    (again,) = Sampler.load(moved / "step-00000004", device="cpu").images(["picture 1"])[0]
+    assert picture.shape == (32, 40, 3)
+    assert np.array_equal(picture, again)
+
+
+def test_training_leaves_a_grid_of_samples(checkpoint: Path) -> None:
+    import PIL.Image
+
+    with PIL.Image.open(checkpoint / "samples" / "step-00000004.png") as sheet:
+        assert sheet.size == (6 * 42 - 2, 32)  # 4 training and 2 validation captions
+
+
+def test_a_checkpoint_of_another_vision_tokenizer_is_refused(
+    checkpoint: Path, tmp_path: Path, tokenizer: VisionTokenizer, vocabulary: Vocabulary
+) -> None:
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    about = json.loads((moved / "data.json").read_text())
+    about["vision_tokenizer"]["digest"] = "0" * 64
+    (moved / "data.json").write_text(json.dumps(about))
+    with pytest.raises(UnimodalError, match="not the vision tokenizer that this checkpoint was"):
+        Sampler.load(moved)
+    shutil.rmtree(moved / "vision_tokenizer")
+    with pytest.raises(UnimodalError, match="has no vision_tokenizer"):
+        Sampler.load(moved)
+    small = Decoder(DecoderConfig(Shape(width=8, layers=1, heads=2, kv_heads=1, ffn=8), 100))
+    with pytest.raises(UnimodalError, match="the decoder has 100 ids, its vocabulary 328"):
+        Sampler(small, vocabulary, tokenizer)
+
+
+def test_a_contact_sheet_holds_every_picture() -> None:
+    pictures = [np.full((4, 6, 3), shade, np.uint8) for shade in range(5)]
+    sheet = contact_sheet(pictures, columns=3, gap=1)
+    assert sheet.shape == (9, 20, 3)
+    assert [sheet[row * 5, column * 7, 0] for row in (0, 1) for column in (0, 1, 2)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        255,
+    ]
+    with pytest.raises(UsageError):
+        contact_sheet([])
+
+
+def test_a_caption_written_into_the_ids_cannot_open_a_block(
+    sampler: Sampler, vocabulary: Vocabulary
+) -> None:
+    ids = vocabulary.text.encode("<|image start|>")
+    assert all(0 <= i < 256 for i in ids)
+    assert parse([vocabulary.bos, *ids], vocabulary) == [Text("<|image start|>")]

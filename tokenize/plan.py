@@ -98,6 +98,12 @@ class Window:
         frames = 1 if self.fps is None else self.pictures // TEMPORAL
         return frames * self.grid[0] * self.grid[1]
 
+    def block_length(self, vocabulary: Vocabulary) -> int:
+        """Number of ids of its vision block."""
+        if self.fps is None:
+            return block_length(vocabulary, *self.grid)
+        return block_length(vocabulary, *self.grid, self.pictures // TEMPORAL, float(self.fps))
+
     def span(self) -> tuple[float | None, float | None]:
         """First and last moment, in seconds from the source's first frame; None for an image."""
         if self.fps is None:
@@ -215,6 +221,21 @@ def units(
                 codes += window.codes
     if todo or unfit:
         yield Unit(number, todo, unfit)
+
+
+def estimate(
+    clips: pa.Table, settings: TokenizeSettings, vocabulary: Vocabulary, factor: int = SPATIAL
+) -> dict[str, int]:
+    """What tokenizing would make, as counts; `tokens` are those of vision blocks, not captions."""
+    total = dict.fromkeys(("shards", "images", "windows", "vision_codes", "tokens", "unfit"), 0)
+    for unit in units(clips, settings, vocabulary, factor):
+        total["shards"] += 1
+        total["unfit"] += len(unit.unfit)
+        for window in unit.windows:
+            total["images" if window.fps is None else "windows"] += 1
+            total["vision_codes"] += window.codes
+            total["tokens"] += window.block_length(vocabulary)
+    return total
 
 
 def windows(

@@ -83,6 +83,7 @@ def tokenize(
     `device` is where a named one is loaded.
     """
     progress = progress or Progress()
+    check_ours(out)
     clips = kept_clips(run_dir, limit)
     if tokenizer is None:
         from unimodal.tokenize.vision.tokenizer import VisionTokenizer as Trained
@@ -92,7 +93,6 @@ def tokenize(
     # Which tokenizer and vocabulary is said by their digests; a path would say it of one machine.
     recorded = settings.model_dump(mode="json", exclude={"tokenizer", "vocabulary"})
     scores = score_columns(clips)
-    check_ours(out)
     with run_lock(out, progress), _exact_arithmetic():
         writer = ShardWriter(out, tokenizer, vocabulary, recorded, scores)
         work = _Work(tokenizer, vocabulary, settings, scores, progress)
@@ -110,11 +110,14 @@ def tokenize(
             progress.advance("tokenize", len(unit.unfit))
         shards = writer.finish(count)
         progress.end("tokenize")
+    totals = shards.manifest["totals"]
     if resumed:
         progress.note(f"{resumed} of {count} shards were there already")
-    if shards.manifest["totals"]["quarantined"]:
-        lost_clips = shards.manifest["totals"]["quarantined"]
-        progress.note(f"{lost_clips} clips were left out: {out / 'quarantine.parquet'} says why")
+    if totals["quarantined"]:
+        why = out / "quarantine.parquet"
+        progress.note(f"{totals['quarantined']} clips were left out: {why} says why")
+    if settings.val_fraction and not totals["val"]:
+        progress.note("no source fell into the validation split: raise val_fraction to have one")
     return shards
 
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 
 from unimodal.pipeline.clips import CLIPS, table, write_parquet
 from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError
-from unimodal.tokenize.document import block_length
+from unimodal.tokenize.document import Image, block_length, serialize
 from unimodal.tokenize.plan import (
     PRESETS,
     TokenizeSettings,
     Window,
+    estimate,
     kept_clips,
     score_columns,
     split_of,
@@ -186,6 +188,20 @@ def test_shards_hold_at_most_their_size_and_keep_a_clip_together(tmp_path: Path)
     assert keys[:2] == [["a", "b-0000", "b-0001", "b-0002"], ["c", "d"]]
     assert [k for group in keys[2:] for k in group] == [f"e-{i:04d}" for i in range(10)] + ["f"]
     assert all(len(group) <= 4 for group in keys)
+
+
+def test_the_estimate_counts_what_will_be_made(tmp_path: Path) -> None:
+    rows = [image("a"), video("b", 5), video("c", 0.3), image("d", width=64, height=64)]
+    total = estimate(clips(tmp_path, rows), SMALL, VOCABULARY)
+    wide = windows(image(), SMALL, VOCABULARY)[0].codes
+    assert total["images"] == 2 and total["windows"] == 3 and total["unfit"] == 1
+    assert total["vision_codes"] == wide + 64 + 10 * wide
+    square = Image(np.zeros((8, 8), int))
+    film = windows(video(), SMALL, VOCABULARY)
+    lengths = [len(serialize([square], VOCABULARY, bos=False, eos=False))]
+    for window in [windows(image(), SMALL, VOCABULARY)[0], *film]:
+        lengths.append(window.block_length(VOCABULARY))
+    assert total["tokens"] == sum(lengths)
 
 
 def test_a_span_listed_twice_is_tokenized_once(tmp_path: Path) -> None:

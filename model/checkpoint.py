@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ STEP = re.compile(r"step-\d{8}")
 WEIGHTS = "model.safetensors"
 # model_type in config.json: same graph in each, apart from qwen3's norm of q and k.
 LLAMA_TYPES = ("llama", "emu3_text_model", "qwen3")
+# What each optimizer remembers of a parameter, apart from the number of steps.
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
 
 def step_name(step: int) -> str:
@@ -46,7 +51,7 @@ def save_step(
     out: Path,
     step: int,
     decoder: Decoder,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
@@ -62,7 +67,7 @@ def save_step(
     weights = {name: tensor.detach().cpu() for name, tensor in decoder.state_dict().items()}
     save_file(weights, temporary / WEIGHTS, {"format": "pt"})
     _write_json(temporary / "config.json", to_transformers(decoder.config))
-    save_file(_moments(decoder, optimizer), temporary / "optimizer.safetensors")
+    save_file(_moments(decoder, optimizers), temporary / "optimizer.safetensors")
     _write_json(temporary / "train.json", dict(state))
     for path in temporary.iterdir():
         _sync(path)
@@ -78,26 +83,26 @@ def save_step(
     return final
 
 
-def load_step(step: Path, decoder: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_step(
+    step: Path, decoder: Decoder, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Any]:
     """Restore weights and moments from a step directory; returns its `train.json`."""
     _restore(decoder, step, next(decoder.parameters()).device)
-    moments = _read(step / "optimizer.safetensors")
+    saved = _read(step / "optimizer.safetensors")
     state = read_json(step / "train.json")
-    by_name = dict(decoder.named_parameters())
-    optimizer.state.clear()
-    for name, parameter in by_name.items():
-        try:
-            first, second = moments[f"exp_avg.{name}"], moments[f"exp_avg_sq.{name}"]
-        except KeyError:
-            raise UnimodalError(
-                f"{step / 'optimizer.safetensors'} lacks the moments of {name}: "
-                "resume from another step, or start anew in another directory"
-            ) from None
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(state["step"]), device=parameter.device),
-            "exp_avg": first.to(parameter.device),
-            "exp_avg_sq": second.to(parameter.device),
-        }
+    for name, parameter, optimizer in _owned(decoder, optimizers):
+        kept: dict[str, torch.Tensor] = {}
+        for moment in MOMENTS[type(optimizer)]:
+            value = saved.get(f"{moment}.{name}")
+            if value is None or value.shape != parameter.shape:
+                raise UnimodalError(
+                    f"{step / 'optimizer.safetensors'} lacks {moment} of {name}: "
+                    "resume from another step, or start anew in another directory"
+                )
+            kept[moment] = value.to(parameter.device)
+        if isinstance(optimizer, torch.optim.AdamW):
+            kept["step"] = torch.tensor(float(state["step"]), device=parameter.device)
+        optimizer.state[parameter] = kept
     return state
 
 
@@ -248,10 +253,23 @@ def _write_json(path: Path, record: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _moments(decoder: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _owned(
+    decoder: Decoder, optimizers: Sequence[torch.optim.Optimizer]
+) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
+    """Every parameter with its name and the optimizer that moves it."""
+    names = {parameter: name for name, parameter in decoder.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield names[parameter], parameter, optimizer
+
+
+def _moments(
+    decoder: Decoder, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, torch.Tensor]:
     tensors = {}
-    for name, parameter in decoder.named_parameters():
-        for moment in ("exp_avg", "exp_avg_sq"):
+    for name, parameter, optimizer in _owned(decoder, optimizers):
+        for moment in MOMENTS[type(optimizer)]:
             value = optimizer.state[parameter].get(moment)
             value = torch.zeros_like(parameter) if value is None else value
             tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous()

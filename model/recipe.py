@@ -20,8 +20,11 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class OptimizerSettings(Settings):
-    """AdamW, and the cosine that its learning rate follows."""
+    """The optimizer, and the cosine that its learning rate follows."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all; or Muon (momentum made orthogonal) for the matrices of the blocks, its steps
+    scaled to AdamW's size so that one `lr` serves both, and AdamW for embedding, head and norms."""
     lr: float = Field(default=3e-4, gt=0)
     """Highest learning rate, reached at the end of the warm-up."""
     min_lr: float = Field(default=0.0, ge=0)
@@ -34,6 +37,8 @@ class OptimizerSettings(Settings):
     """Decay of the second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment; Emu3's fine-tuning script uses 1e-6."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Of Muon."""
     weight_decay: float = Field(default=0.1, ge=0)
     """On matrices; norms have none."""
     clip: float = Field(default=1.0, gt=0)

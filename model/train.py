@@ -107,11 +107,11 @@ def train(
     config = DecoderConfig(settings.decoder, samples.vocabulary.size, settings.data.context)
     decoder = Decoder(config, settings.seed).to(device)
     decoder.compute = getattr(torch, settings.precision)
-    optimizer = _optimizer(decoder, settings)
+    optimizers = _optimizers(decoder, settings)
     clock = Clock(total=settings.steps)
     cursor, losses = Cursor(), LossByKind(KINDS)
     if previous is not None:
-        state = load_step(previous, decoder, optimizer)
+        state = load_step(previous, decoder, optimizers)
         cursor = Cursor(**state["cursor"])
         clock = Clock(state["step"], settings.steps, state["tokens"], state["elapsed_s"])
         if settings.minutes is not None:
@@ -120,7 +120,7 @@ def train(
         progress.note(f"resuming at step {clock.step} of {clock.total}")
     loader = Loader(samples, settings.data, settings.seed, cursor)
     progress.note(_introduction(decoder, samples, loader, settings, device))
-    run = _Run(out, settings, decoder, optimizer, loader, clock, losses, progress)
+    run = _Run(out, settings, decoder, optimizers, loader, clock, losses, progress)
     run.metrics = Metrics(out, clock.step, settings.log.tensorboard)
     progress.begin("train", clock.total, "steps")
     progress.advance("train", clock.step)
@@ -140,7 +140,7 @@ class _Run:
     out: Path
     settings: TrainSettings
     decoder: Decoder
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     loader: Loader
     clock: Clock
     losses: LossByKind
@@ -200,10 +200,11 @@ class _Run:
         if not torch.isfinite(torch.tensor([total, norm])).all():
             self.stop_not_finite(batches, total, norm)
         lr = learning_rate(clock.step, clock.total, settings.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         room = settings.accumulate * settings.data.context
         fill = sum(len(batch.ids) for batch in batches) / room
         return {"loss": total, "lr": lr, "grad_norm": norm, "fill": round(fill, 4)}
@@ -275,7 +276,7 @@ class _Run:
             "losses": self.losses.state(),
         }
         keep = self.settings.checkpoint.keep
-        save_step(self.out, clock.step, self.decoder, self.optimizer, state, keep)
+        save_step(self.out, clock.step, self.decoder, self.optimizers, state, keep)
 
     def fit_schedule(self, minutes: float) -> None:
         """Choose the number of steps that the measured pace allows."""
@@ -321,16 +322,32 @@ def _loss(decoder: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return weighted_cross_entropy(hidden, decoder.lm_head.weight, batch.targets, batch.weights)
 
 
-def _optimizer(decoder: Decoder, settings: TrainSettings) -> torch.optim.AdamW:
+def _optimizers(decoder: Decoder, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon over the blocks' matrices and AdamW over the rest."""
     chosen = settings.optimizer
-    matrices = [p for p in decoder.parameters() if p.dim() > 1]
-    norms = [p for p in decoder.parameters() if p.dim() == 1]
-    groups = [
-        {"params": matrices, "weight_decay": chosen.weight_decay},
-        {"params": norms, "weight_decay": 0.0},
-    ]
-    betas = (chosen.beta1, chosen.beta2)
-    return torch.optim.AdamW(groups, lr=chosen.lr, betas=betas, eps=chosen.eps, fused=True)
+    blocks = {p for p in decoder.model.layers.parameters() if p.dim() > 1}
+    muon = [p for p in decoder.parameters() if p in blocks and chosen.kind == "muon"]
+    rest = [p for p in decoder.parameters() if chosen.kind == "adamw" or p not in blocks]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.dim() > 1], "weight_decay": chosen.weight_decay},
+            {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=chosen.lr,
+        betas=(chosen.beta1, chosen.beta2),
+        eps=chosen.eps,
+        fused=True,
+    )
+    if not muon:
+        return [adamw]
+    orthogonal = torch.optim.Muon(
+        muon,
+        lr=chosen.lr,
+        momentum=chosen.momentum,
+        weight_decay=chosen.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [adamw, orthogonal]
 
 
 def _device(name: str) -> torch.device:

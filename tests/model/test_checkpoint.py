@@ -30,9 +30,9 @@ def _trained(seed: int = 0) -> tuple[Decoder, torch.optim.AdamW]:
 
 def test_weights_and_moments_come_back_bit_for_bit(tmp_path: Path) -> None:
     decoder, optimizer = _trained()
-    step = save_step(tmp_path, 2, decoder, optimizer, {"step": 2}, keep=2)
+    step = save_step(tmp_path, 2, decoder, [optimizer], {"step": 2}, keep=2)
     again, other = _trained(seed=9)
-    assert load_step(step, again, other) == {"step": 2}
+    assert load_step(step, again, [other]) == {"step": 2}
     for name, tensor in decoder.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
     for mine, theirs in zip(decoder.parameters(), again.parameters(), strict=True):
@@ -44,7 +44,7 @@ def test_weights_and_moments_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_step_directory_loads_in_transformers_with_the_same_logits(tmp_path: Path) -> None:
     decoder, optimizer = _trained()
-    step = save_step(tmp_path, 2, decoder, optimizer, {"step": 2}, keep=2)
+    step = save_step(tmp_path, 2, decoder, [optimizer], {"step": 2}, keep=2)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(step).eval()
     assert type(theirs).__name__ == "LlamaForCausalLM"
     ids = torch.arange(20)[None]
@@ -55,7 +55,7 @@ def test_a_step_directory_loads_in_transformers_with_the_same_logits(tmp_path: P
 def test_only_the_newest_steps_are_kept(tmp_path: Path) -> None:
     decoder, optimizer = _trained()
     for step in (1, 2, 3):
-        save_step(tmp_path, step, decoder, optimizer, {"step": step}, keep=2)
+        save_step(tmp_path, step, decoder, [optimizer], {"step": step}, keep=2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["latest", "step-00000002", "step-00000003"]
     assert latest_step(tmp_path) == tmp_path / "step-00000003"
@@ -66,7 +66,7 @@ def test_dying_in_a_save_keeps_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
 ) -> None:
     decoder, optimizer = _trained()
-    save_step(tmp_path, 1, decoder, optimizer, {"step": 1}, keep=1)
+    save_step(tmp_path, 1, decoder, [optimizer], {"step": 1}, keep=1)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -74,10 +74,10 @@ def test_dying_in_a_save_keeps_the_previous_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, dies_in, die)
         with pytest.raises(KeyboardInterrupt):
-            save_step(tmp_path, 2, decoder, optimizer, {"step": 2}, keep=1)
+            save_step(tmp_path, 2, decoder, [optimizer], {"step": 2}, keep=1)
     assert latest_step(tmp_path) == tmp_path / "step-00000001"
     Decoder.load(tmp_path)
-    save_step(tmp_path, 2, decoder, optimizer, {"step": 2}, keep=1)
+    save_step(tmp_path, 2, decoder, [optimizer], {"step": 2}, keep=1)
     assert latest_step(tmp_path) == tmp_path / "step-00000002"
 
 
@@ -112,7 +112,7 @@ def test_a_model_of_another_kind_is_refused(
     tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     decoder, optimizer = _trained()
-    step = save_step(tmp_path, 1, decoder, optimizer, {"step": 1}, keep=1)
+    step = save_step(tmp_path, 1, decoder, [optimizer], {"step": 1}, keep=1)
     config = json.loads((step / "config.json").read_text())
     (step / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UnimodalError, match=message):
@@ -121,7 +121,7 @@ def test_a_model_of_another_kind_is_refused(
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     decoder, optimizer = _trained()
-    step = save_step(tmp_path, 1, decoder, optimizer, {"step": 1}, keep=1)
+    step = save_step(tmp_path, 1, decoder, [optimizer], {"step": 1}, keep=1)
     file = step / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UnimodalError, match=r"model\.safetensors cannot be read"):

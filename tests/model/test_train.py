@@ -43,12 +43,16 @@ class _SignalAt(Progress):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
+@pytest.mark.parametrize(("dropout", "optimizer"), [("0.0", "adamw"), ("0.1", "muon")])
 def test_an_interrupted_run_has_bit_for_bit_the_losses_of_an_uninterrupted_one(
-    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings, dropout: str
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings, dropout: str, optimizer: str
 ) -> None:
     settings = tiny_settings(
-        f"decoder.dropout={dropout}", "log.validate_every=4", "log.every=3", "accumulate=2"
+        f"decoder.dropout={dropout}",
+        f"optimizer.kind={optimizer}",
+        "log.validate_every=4",
+        "log.every=3",
+        "accumulate=2",
     )
     train([tiny_shards.path], tmp_path / "whole", settings)
     with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3 of 8; saved"):

@@ -8,8 +8,10 @@ costs that file. Parts may finish in any order; nothing depends on it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
+import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -96,18 +98,20 @@ def _ray(
     try:
         import ray
         import ray.data
+        import ray.exceptions
     except ImportError as error:
         raise UsageError("the ray engine needs Ray: pip install 'ray[data]'") from error
     mine = not ray.is_initialized()
     if mine:
         _connect(address or os.environ.get("RAY_ADDRESS"), workers)
     try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         rows = [{"job": job.text(), "patience": patience.model_dump_json()} for job in jobs]
         # A block per part: a part is the unit of scheduling, and of retry when a node is lost.
         parts = ray.data.from_items(rows, override_num_blocks=len(rows))
-        done = parts.map(_ray_part, num_cpus=1, concurrency=workers)
+        pool = ray.data.TaskPoolStrategy(size=min(workers, len(rows)) if workers else None)
+        done = parts.map(_ray_part, num_cpus=1, compute=pool)
         for row in done.iter_rows():
             if row["failed"]:
                 raise UnimodalError(row["failed"])
@@ -115,6 +119,11 @@ def _ray(
                 tell.source(uri)
                 tell.seconds(seconds)
                 tell.done(uri)
+    except ray.exceptions.RayError as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnimodalError(
+            f"Ray gave up ({line}); what is done is kept: run the same command again"
+        ) from error
     finally:
         if mine:
             ray.shutdown()
@@ -125,21 +134,30 @@ def _connect(address: str | None, workers: int | None) -> None:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
+        _knock(address)
         if address:
             ray.init(address=address, **quiet)
         else:
-            # Loopback only: a laptop's Ray is nobody else's business.
+            # Loopback only, and no usage reports: a laptop's Ray is nobody else's business.
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(
                 num_cpus=workers,
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 **quiet,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnimodalError(
             f"no Ray at {address or 'this machine'} ({line}): start one, or use --engine local"
         ) from error
+
+
+def _knock(address: str | None) -> None:
+    """Raise `OSError` if nobody listens at host:port; Ray itself would try for five minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 _IN_RAY: dict[str, Supervised] = {}

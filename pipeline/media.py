@@ -14,6 +14,7 @@ the same pixels at the same times. Rules of the house:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -251,11 +252,7 @@ def read_image(path: Path | str, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     if not is_image(path):
         raise MediaError("not an image", path)
     _probe_image(path, limits)
-    with _pillow(path) as image:
-        try:
-            return to_rgb(image)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise MediaError(f"the image cannot be decoded: {error}", path) from error
+    return _decode_image(path)
 
 
 def iter_frames(
@@ -289,12 +286,11 @@ def iter_frames(
             return
 
 
-def open_image(path: Path, limits: Limits = DEFAULT_LIMITS) -> Video:
-    """A still image as a video of one frame, for the observers of the frame pass."""
+def open_image(path: Path, found: Probe, limits: Limits = DEFAULT_LIMITS) -> Video:
+    """A still image that was probed, as a video of one frame for the observers of the pass."""
     import av
 
-    found = _probe_image(path, limits)
-    rgb = read_image(path, limits)
+    rgb = _decode_image(path)
     frame = Frame(0, 0, av.VideoFrame.from_ndarray(rgb, format="rgb24"))
     coded = (found.width, found.height)
     return Video(path, found, MILLISECOND, coded, 0, limits, source=iter([frame]))
@@ -392,6 +388,14 @@ def _pillow(path: Path) -> Iterator[Image]:
         yield image
 
 
+def _decode_image(path: Path) -> np.ndarray:
+    with _pillow(path) as image:
+        try:
+            return to_rgb(image)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise MediaError(f"the image cannot be decoded: {error}", path) from error
+
+
 def _probe_image(path: Path, limits: Limits) -> Probe:
     size = path.stat().st_size
     if size > limits.max_image_bytes:
@@ -449,22 +453,13 @@ def _measure(path: Path, container: Any, limits: Limits, threads: int) -> Video:
     if aspect and 0.1 < float(aspect) < 10 and aspect != 1:
         shown_width = max(1, round(width * float(aspect)))
     rate = stream.average_rate or stream.guessed_rate
-    declared = [
-        float(ticks * base)
-        for ticks, base in (
-            (stream.duration, Fraction(stream.time_base)),
-            (container.duration, Fraction(1, 1_000_000)),
-        )
-        if ticks and ticks > 0
-    ]
     found = Probe(
         "video",
         shown_width,
         height,
         codec=context.name,
         fps=float(rate) if rate else None,
-        # An edit list shows less than the stream holds: the shorter one is the promise.
-        duration_s=min(declared) if declared else None,
+        duration_s=_declared(container, stream),
     )
     video = Video(
         path,
@@ -486,6 +481,29 @@ def _measure(path: Path, container: Any, limits: Limits, threads: int) -> Video:
     if video.turns % 2:
         video.probe = replace(found, width=height, height=shown_width)
     return video
+
+
+def _declared(container: Any, stream: Any) -> float | None:
+    """Seconds that the container promises for its video; None where it only guesses.
+
+    Transport and elementary streams have no index, and their durations are estimates. Matroska
+    notes a duration per stream in a tag, and the file's own may be that of a longer sound track.
+    """
+    whole = container.duration / 1_000_000 if container.duration else None
+    names = set(container.format.name.split(","))
+    if "avi" in names and stream.frames:
+        # The header's length in ticks; the duration is already cut to what the file holds.
+        return float(stream.frames * stream.time_base)
+    if names & {"mov", "mp4"}:
+        own = float(stream.duration * stream.time_base) if stream.duration else None
+        # An edit list shows less than the stream holds: the shorter one is the promise.
+        return min((d for d in (own, whole) if d), default=None)
+    if names & {"matroska", "webm"}:
+        tag = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+        if tag:
+            return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+        return whole if len(container.streams) == 1 else None
+    return None
 
 
 def _short(error: Exception) -> str:

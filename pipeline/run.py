@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from unimodal.pipeline import caption, decide, watch
 from unimodal.pipeline.clips import CAPTION, CLIPS, QUARANTINE, WATCH, table, write_parquet
 from unimodal.pipeline.engine import choose, run_jobs
-from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.inputs import list_sources
 from unimodal.pipeline.lock import run_lock
@@ -38,7 +38,10 @@ from unimodal.pipeline.worker import Job
 
 __all__ = ["PRESETS", "CurateSettings", "Run", "curate"]
 
-LIBRARIES = ("av", "opencv-python-headless", "scenedetect", "numpy", "pyarrow", "pillow", "ray")
+LIBRARIES = (
+    *("av", "numpy", "opencv-python-headless", "pillow", "pyarrow", "ray"),
+    *("scenedetect", "scenedetect-headless"),
+)
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,12 @@ def _watch(
     run_jobs(jobs, engine, tell, settings.patience, workers, address)
     progress.end("video")
     progress.end("sources")
+    lost = [part.name for part in pending if not PartFiles(folder, part.name).done()]
+    if lost:
+        raise UnimodalError(
+            f"{folder}: {len(lost)} parts were done but are not to be seen here; with several "
+            "machines, the run directory must be on storage that all of them share"
+        )
 
 
 def _join(

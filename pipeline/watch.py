@@ -122,13 +122,17 @@ def _watch_source(
         digest = source.sha256 or sha256_of(path, lambda _: tell.seconds(0.0))
     except FileNotFoundError as error:
         raise MediaError("no such file") from error
-    if image and media.probe(path, settings.limits).kind == "image":
-        return [_image(source, digest, settings, spool)]
+    if image:
+        found = media.probe(path, settings.limits)
+        if found.kind == "image":
+            return [_image(source, digest, found, settings, spool)]
     return _video(source, digest, settings, spool, tell, threads)
 
 
-def _image(source: Source, digest: str, settings: WatchSettings, spool: IO[bytes]) -> _Clip:
-    still = media.open_image(Path(source.uri), settings.limits)
+def _image(
+    source: Source, digest: str, found: media.Probe, settings: WatchSettings, spool: IO[bytes]
+) -> _Clip:
+    still = media.open_image(Path(source.uri), found, settings.limits)
     flicker, light = Flicker(settings.light), Light(settings.light)
     keyframes = Keyframes(settings.keyframes, spool)
     watch_frames(still, [flicker, light, keyframes])
@@ -138,9 +142,9 @@ def _image(source: Source, digest: str, settings: WatchSettings, spool: IO[bytes
         "uri": source.uri,
         "source_sha256": digest,
         "kind": "image",
-        "width": still.probe.width,
-        "height": still.probe.height,
-        "codec": still.probe.codec,
+        "width": found.width,
+        "height": found.height,
+        "codec": found.codec,
         **{name: measured[name] for name in ("luma_mean", "contrast", "blur", "colorfulness")},
     }
     return _with_keyframes(row, keyframes.choose(0, 1))
@@ -161,7 +165,9 @@ def _video(
         keyframes = Keyframes(settings.keyframes, spool)
         timeline = watch_frames(video, [cut, flow, flicker, light, keyframes], tell.seconds)
     total_s = timeline.seconds(timeline.end_pts)
-    fps = found.fps or len(timeline.pts) / total_s
+    fps = len(timeline.pts) / total_s
+    if found.fps and abs(found.fps - fps) < 0.1 * fps:
+        fps = found.fps  # what the container says, unless the rate varies and it only guesses
     clips = []
     for span in spans(timeline, cut.cuts(timeline), settings.cut):
         start, end = span.start_pts, span.end_pts

@@ -60,20 +60,47 @@ def test_a_named_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     assert _reason(path) == "not a regular file"
 
 
-@pytest.mark.parametrize("faststart", [False, True])
+@pytest.mark.parametrize(
+    ("name", "faststart"), [("a.mp4", False), ("a.mp4", True), ("a.mkv", False), ("a.avi", False)]
+)
 def test_a_truncated_video_is_refused(
     tmp_path: Path,
     write_video: Callable[..., Path],
     moving: Callable[..., list[np.ndarray]],
+    name: str,
     faststart: bool,
 ) -> None:
-    whole = write_video(tmp_path / "whole.mp4", moving(100, step=3), faststart=faststart)
+    whole = write_video(tmp_path / name, moving(100, step=3), faststart=faststart)
     _read_all(whole)
-    cut = tmp_path / "cut.mp4"
+    cut = tmp_path / f"cut-{name}"
     data = whole.read_bytes()
     cut.write_bytes(data[: len(data) * 6 // 10])
     reason = _reason(cut)
     assert "truncated" in reason or "damaged" in reason or "not a video" in reason
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_sound_that_is_longer_than_the_picture_is_no_damage(tmp_path: Path, name: str) -> None:
+    import av
+
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=25)
+        video.width = video.height = 64
+        audio = container.add_stream("aac", rate=8000, layout="mono")
+        for i in range(25):
+            image = av.VideoFrame.from_ndarray(np.full((64, 64, 3), i, np.uint8), format="rgb24")
+            container.mux(video.encode(image))
+        container.mux(video.encode())
+        for i in range(40):  # 5 s
+            sound = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+            )
+            sound.sample_rate, sound.pts = 8000, i * 1024
+            container.mux(audio.encode(sound))
+        container.mux(audio.encode())
+    _read_all(path)
+    assert len(list(media.iter_frames(path))) == 25
 
 
 def test_a_damaged_video_is_refused_with_the_extent_of_the_damage(

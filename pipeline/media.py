@@ -158,7 +158,7 @@ class Video:
         if declared is None or self.probe.animated:
             return
         got = float((end_pts - first_pts) * self.time_base)
-        if declared - got > max(1.0, 0.05 * declared):
+        if declared - got > max(0.5, 0.05 * declared):
             raise MediaError(
                 f"truncated: {got:.1f} s of the promised {declared:.1f} s can be decoded", self.path
             )

@@ -25,13 +25,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unimodal.pipeline.clips import Kind
+from unimodal.pipeline.bounds import DEFAULT_LIMITS, Limits, Probe
 from unimodal.pipeline.errors import MediaError
-from unimodal.pipeline.settings import Settings
+from unimodal.pipeline.images import decode_image, is_image, open_pillow, probe_image, to_rgb
 
 if TYPE_CHECKING:
     import av
-    from PIL.Image import Image
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "Frame",
+    "Limits",
+    "Probe",
+    "Scaler",
+    "Video",
+    "iter_frames",
+    "open_image",
+    "open_video",
+    "probe",
+    "read_image",
+]
 
 VIDEO_FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,h264,hevc,ivf,yuv4mpegpipe,nut,dv,rm"
@@ -39,48 +52,7 @@ VIDEO_FORMATS = (
 """FFmpeg demuxers that may open a file: self-contained ones. No hls, concat, dash, sdp, image2,
 lavfi or subtitle formats, which name other files, the network or devices."""
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Pillow decoders that may open a file. EPS is left out: it would start another program."""
-
-ANIMATED_FORMATS = frozenset({"GIF", "WEBP", "PNG", "AVIF"})
-"""Image formats that are videos when they hold more than one frame (TIFF pages are not time)."""
-
-_IMAGE_MAGIC = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0")
-_IMAGE_BRANDS = {b"avif", b"avis"}
-_HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
-
 MILLISECOND = Fraction(1, 1000)
-
-
-class Limits(Settings):
-    """Bounds on what is decoded; a source beyond one is quarantined before it is read."""
-
-    max_image_pixels: int = 100_000_000
-    """Width times height of an image."""
-    max_video_pixels: int = 36_000_000
-    """Width times height of a video frame (8K is 33 million)."""
-    max_frames: int = 4_000_000
-    """Frames of one video (37 hours at 30 a second)."""
-    max_image_bytes: int = 500_000_000
-    """Size of an image file."""
-    max_damage: float = 0.02
-    """Share of a video's packets that may fail to decode before it counts as broken."""
-
-
-DEFAULT_LIMITS = Limits()
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a source says of itself before it is decoded."""
-
-    kind: Kind
-    width: int  # as shown
-    height: int
-    codec: str
-    animated: bool = False  # a video that Pillow reads: GIF, WebP, APNG, AVIF
-    fps: float | None = None
-    duration_s: float | None = None  # as declared; None when the container does not say
 
 
 @dataclass
@@ -196,7 +168,7 @@ class Video:
         import av
 
         pts = 0
-        with _pillow(self.path) as image:
+        with open_pillow(self.path) as image:
             for index in range(getattr(image, "n_frames", 1)):
                 try:
                     image.seek(index)
@@ -241,7 +213,7 @@ class Scaler:
 def probe(path: Path, limits: Limits = DEFAULT_LIMITS) -> Probe:
     """What `path` is, from its bytes and headers alone; raises `MediaError` with the reason."""
     if is_image(path):
-        return _probe_image(path, limits)
+        return probe_image(path, limits)
     with open_video(path, limits) as video:
         return video.probe
 
@@ -251,8 +223,8 @@ def read_image(path: Path | str, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     path = Path(path)
     if not is_image(path):
         raise MediaError("not an image", path)
-    _probe_image(path, limits)
-    return _decode_image(path)
+    probe_image(path, limits)
+    return decode_image(path)
 
 
 def iter_frames(
@@ -290,10 +262,11 @@ def open_image(path: Path, found: Probe, limits: Limits = DEFAULT_LIMITS) -> Vid
     """A still image that was probed, as a video of one frame for the observers of the pass."""
     import av
 
-    rgb = _decode_image(path)
+    rgb = decode_image(path)
     frame = Frame(0, 0, av.VideoFrame.from_ndarray(rgb, format="rgb24"))
-    coded = (found.width, found.height)
-    return Video(path, found, MILLISECOND, coded, 0, limits, source=iter([frame]))
+    height, width = rgb.shape[:2]
+    found = replace(found, width=width, height=height)
+    return Video(path, found, MILLISECOND, (width, height), 0, limits, source=iter([frame]))
 
 
 @contextmanager
@@ -303,7 +276,7 @@ def open_video(path: Path, limits: Limits = DEFAULT_LIMITS, threads: int = 1) ->
     `threads` are the decoder's. The frames are the same for any number.
     """
     if is_image(path):
-        found = _probe_image(path, limits)
+        found = probe_image(path, limits)
         if found.kind != "video":
             raise MediaError("a still image, not a video", path)
         yield Video(path, found, MILLISECOND, (found.width, found.height), 0, limits)
@@ -320,103 +293,6 @@ def open_video(path: Path, limits: Limits = DEFAULT_LIMITS, threads: int = 1) ->
         yield _measure(path, container, limits, threads)
     finally:
         container.close()
-
-
-def to_rgb(image: Image) -> np.ndarray:
-    """Any Pillow image, upright and on white: uint8 RGB [H, W, 3]."""
-    from PIL import Image as pillow
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image).astype(np.float64)
-        # 16-bit files span 0..65535 whatever their brightest pixel; floats are 0..1 by custom.
-        white = 65535.0 if image.mode.startswith("I") else 255.0 if grey.max() > 1 else 1.0
-        grey = np.nan_to_num(grey) * (255.0 / white)
-        rgb = np.repeat(np.clip(np.rint(grey), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
-        return np.ascontiguousarray(rgb)
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white_page = pillow.new("RGBA", image.size, (255, 255, 255, 255))
-        image = pillow.alpha_composite(white_page, image)
-    return np.ascontiguousarray(np.asarray(image.convert("RGB")))
-
-
-def is_image(path: Path) -> bool:
-    """Whether the first bytes are an image's (animated or not).
-
-    Raises `MediaError` if it is no file, or an empty one.
-    """
-    try:
-        if not path.is_file():
-            raise MediaError("not a regular file" if path.exists() else "no such file", path)
-        with path.open("rb") as file:
-            head = file.read(32)
-    except OSError as error:
-        raise MediaError(f"cannot be opened ({error.strerror})", path) from error
-    if not head:
-        raise MediaError("empty file (0 bytes)", path)
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
-        raise MediaError("HEIC pictures are not supported: convert it to JPEG or PNG", path)
-    return (
-        head.startswith(_IMAGE_MAGIC)
-        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-        or (head[4:8] == b"ftyp" and head[8:12] in _IMAGE_BRANDS)
-        or head[4:8] == b"jP  "
-        or (head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace())
-    )
-
-
-@contextmanager
-def _pillow(path: Path) -> Iterator[Image]:
-    import warnings
-
-    from PIL import Image as pillow
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own bound is stricter than the bomb warning
-            pillow.init()  # a Pillow built without AVIF or JPEG 2000 lacks their entries
-            image = pillow.open(path, formats=[f for f in IMAGE_FORMATS if f in pillow.OPEN])
-    except pillow.DecompressionBombError as error:
-        raise MediaError("its header promises far too many pixels", path) from error
-    except pillow.UnidentifiedImageError as error:
-        raise MediaError("its image format or colour layout is not known", path) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise MediaError(f"the image's header cannot be read ({_short(error)})", path) from error
-    with image:
-        yield image
-
-
-def _decode_image(path: Path) -> np.ndarray:
-    with _pillow(path) as image:
-        try:
-            return to_rgb(image)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise MediaError(f"the image cannot be decoded: {error}", path) from error
-
-
-def _probe_image(path: Path, limits: Limits) -> Probe:
-    size = path.stat().st_size
-    if size > limits.max_image_bytes:
-        raise MediaError(f"an image of {size} bytes (limit {limits.max_image_bytes})", path)
-    with _pillow(path) as image:
-        width, height = image.size
-        if width * height > limits.max_image_pixels:
-            raise MediaError(
-                f"{width}x{height} pixels are over the limit of {limits.max_image_pixels}", path
-            )
-        codec = (image.format or "image").lower()
-        animated = image.format in ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1
-        if animated:
-            return Probe("video", width, height, codec, animated=True)
-        try:
-            orientation = image.getexif().get(0x0112, 1)
-        except (OSError, SyntaxError, ValueError):
-            orientation = 1
-        if orientation in (5, 6, 7, 8):  # the four that swap width and height
-            width, height = height, width
-        return Probe("image", width, height, codec)
 
 
 def _measure(path: Path, container: Any, limits: Limits, threads: int) -> Video:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from unimodal.pipeline.bounds import Limits
 from unimodal.pipeline.caption import CaptionSettings
 from unimodal.pipeline.decide import DecideSettings
-from unimodal.pipeline.media import Limits
 from unimodal.pipeline.observers.cut import CutSettings
 from unimodal.pipeline.observers.flow import FlowSettings
 from unimodal.pipeline.observers.keyframes import KeyframeSettings

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from unimodal.pipeline import media
+from unimodal.pipeline.bounds import Limits, Probe
 from unimodal.pipeline.clips import WATCH, clip_uid, image_uid, table
 from unimodal.pipeline.errors import MediaError, UnimodalError
 from unimodal.pipeline.framepass import watch_frames
+from unimodal.pipeline.images import is_image, probe_image
 from unimodal.pipeline.inputs import Source, sha256_of
 from unimodal.pipeline.observers.cut import Cuts, CutSettings, spans
 from unimodal.pipeline.observers.flow import Flow, FlowSettings
@@ -38,7 +40,7 @@ class WatchSettings(Settings):
     flow: FlowSettings = FlowSettings()
     light: LightSettings = LightSettings()
     keyframes: KeyframeSettings = KeyframeSettings()
-    limits: media.Limits = media.Limits()
+    limits: Limits = Limits()
 
 
 @dataclass
@@ -118,19 +120,19 @@ def _watch_source(
         status = path.stat()
         if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
             raise MediaError("it has changed since it was listed: run the same command again")
-        image = media.is_image(path)
+        image = is_image(path)
         digest = source.sha256 or sha256_of(path, lambda _: tell.seconds(0.0))
     except FileNotFoundError as error:
         raise MediaError("no such file") from error
     if image:
-        found = media.probe(path, settings.limits)
+        found = probe_image(path, settings.limits)
         if found.kind == "image":
             return [_image(source, digest, found, settings, spool)]
     return _video(source, digest, settings, spool, tell, threads)
 
 
 def _image(
-    source: Source, digest: str, found: media.Probe, settings: WatchSettings, spool: IO[bytes]
+    source: Source, digest: str, found: Probe, settings: WatchSettings, spool: IO[bytes]
 ) -> _Clip:
     still = media.open_image(Path(source.uri), found, settings.limits)
     flicker, light = Flicker(settings.light), Light(settings.light)
@@ -142,8 +144,8 @@ def _image(
         "uri": source.uri,
         "source_sha256": digest,
         "kind": "image",
-        "width": found.width,
-        "height": found.height,
+        "width": still.probe.width,
+        "height": still.probe.height,
         "codec": found.codec,
         **{name: measured[name] for name in ("luma_mean", "contrast", "blur", "colorfulness")},
     }

@@ -77,8 +77,7 @@ def test_a_run_that_is_repeated_decodes_and_writes_nothing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a source was opened again")
 
-    monkeypatch.setattr("unimodal.pipeline.media.open_image", never)
-    monkeypatch.setattr("unimodal.pipeline.media.probe", never)
+    monkeypatch.setattr("unimodal.pipeline.watch._watch_source", never)
     _curate(pictures, out=out)
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.*") if p.name != "run.json"}
 

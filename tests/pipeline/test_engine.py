@@ -103,7 +103,7 @@ def ray_apart() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_apart")
-def test_ray_in_one_process_group_writes_the_same_bytes(
+def test_a_ray_of_our_own_writes_the_same_bytes(
     tmp_path: Path, inputs: Path, expected: dict[str, bytes], tree: Tree
 ) -> None:
     import ray

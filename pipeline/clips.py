@@ -80,11 +80,11 @@ SCORES = pa.schema(
         pa.field("flow_mean", pa.float64()),
         pa.field("flow_median", pa.float64()),
         pa.field("flow_p90", pa.float64()),
-        # Light, in grey levels 0..255 where a unit applies.
+        # Light, in gray levels 0..255 where a unit applies.
         pa.field("luma_mean", pa.float64()),
         pa.field("contrast", pa.float64()),  # standard deviation of luma within a frame
         pa.field("blur", pa.float64()),  # variance of the Laplacian at short side 256
-        pa.field("colorfulness", pa.float64()),  # Hasler and Süsstrunk 2003; 0 = grey
+        pa.field("colorfulness", pa.float64()),  # Hasler and Süsstrunk 2003; 0 = gray
         pa.field("black_ratio", pa.float64()),  # share of frames that are black
         pa.field("freeze_ratio", pa.float64()),  # share of sampled pairs without any change
         pa.field("flash_ratio", pa.float64()),  # share of frames that jump in brightness

@@ -39,11 +39,11 @@ class DecideSettings(Settings):
     flow_max: float | None = 0.10
     """Above it the camera is thrown about."""
     luma_min: float | None = 16.0
-    """Mean grey level of a video; below it there is nothing to see."""
+    """Mean gray level of a video; below it there is nothing to see."""
     luma_max: float | None = 235.0
     """Above it, overexposed."""
     contrast_min: float | None = None
-    """Grey levels of standard deviation within a frame."""
+    """Gray levels of standard deviation within a frame."""
     blur_min: float | None = None
     """Variance of the Laplacian at short side 256; photographs in focus have 100 and more."""
     freeze_max: float | None = None

@@ -26,7 +26,7 @@ from unimodal.pipeline.media import Frame, Video
 
 @dataclass(frozen=True)
 class Want:
-    """A size and colour format that an observer asks for; equal wants are scaled once."""
+    """A size and color format that an observer asks for; equal wants are scaled once."""
 
     format: str  # "bgr24" or "gray"
     short_side: int | None = None  # pixels; never enlarged

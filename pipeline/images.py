@@ -98,11 +98,11 @@ def to_rgb(image: Image) -> np.ndarray:
 
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image).astype(np.float64)
+        gray = np.asarray(image).astype(np.float64)
         # 16-bit files span 0..65535 whatever their brightest pixel; floats are 0..1 by custom.
-        white = 65535.0 if image.mode.startswith("I") else 255.0 if grey.max() > 1 else 1.0
-        grey = np.nan_to_num(grey) * (255.0 / white)
-        rgb = np.repeat(np.clip(np.rint(grey), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        white = 65535.0 if image.mode.startswith("I") else 255.0 if gray.max() > 1 else 1.0
+        gray = np.nan_to_num(gray) * (255.0 / white)
+        rgb = np.repeat(np.clip(np.rint(gray), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
         return np.ascontiguousarray(rgb)
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -124,7 +124,7 @@ def open_pillow(path: Path) -> Iterator[Image]:
     except pillow.DecompressionBombError as error:
         raise MediaError("its header promises far too many pixels", path) from error
     except pillow.UnidentifiedImageError as error:
-        raise MediaError("its image format or colour layout is not known", path) from error
+        raise MediaError("its image format or color layout is not known", path) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise MediaError(f"the image's header cannot be read ({error})", path) from error
     with image:

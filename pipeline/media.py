@@ -57,7 +57,7 @@ MILLISECOND = Fraction(1, 1000)
 
 @dataclass
 class Frame:
-    """One decoded frame, still in the decoder's size and colour format."""
+    """One decoded frame, still in the decoder's size and color format."""
 
     pts: int
     duration: int  # ticks; 0 when unknown

@@ -119,7 +119,8 @@ def curate(
     settings = settings or CurateSettings()
     progress = progress or Progress()
     engine = choose(engine, address)
-    decide.rules(settings.decide)
+    if settings.decide.extra:  # a typing error shall not wait for the last video
+        decide.decide(CLIPS.empty_table(), settings.decide)
     out = Path(out).absolute()
     _must_be_ours(out)
     given = caption.read_given(captions)

@@ -26,16 +26,16 @@ class CutSettings(Settings):
     """Shot detection, and how shots become clips. A threshold of 0 switches its detector off."""
 
     adaptive: float = 3.5
-    """AdaptiveDetector: ratio of a frame's change to that of its neighbours. PySceneDetect's
+    """AdaptiveDetector: ratio of a frame's change to that of its neighbors. PySceneDetect's
     benchmark sweep (BBC, AutoShot, ClipShots) has its best hard-cut F1 at 3.5, window 3."""
     window: int = 3
-    """AdaptiveDetector: neighbours on each side, in frames."""
+    """AdaptiveDetector: neighbors on each side, in frames."""
     min_content: float = 15.0
-    """AdaptiveDetector: least change of a frame, in grey levels."""
+    """AdaptiveDetector: least change of a frame, in gray levels."""
     content: float = 0.0
-    """ContentDetector: change of a frame, in grey levels."""
+    """ContentDetector: change of a frame, in gray levels."""
     fade: int = 12
-    """ThresholdDetector: a fade to black goes below this grey level."""
+    """ThresholdDetector: a fade to black goes below this gray level."""
     min_scene_s: float = 0.6
     """Seconds between two cuts at least."""
     trim_s: float = 0.25

@@ -20,7 +20,7 @@ class FlowSettings(Settings):
     """The motion score."""
 
     fps: float = 2.0
-    """Samples per second that are compared with their neighbours."""
+    """Samples per second that are compared with their neighbors."""
     short_side: int = 256
     """Pixels at which flow is computed; the score is divided by it and has no unit."""
 
@@ -42,15 +42,15 @@ class Flow:
         self._from, self._to, self._scores = array("q"), array("q"), array("d")
 
     def see(self, index: int, pts: int, seconds: float, images: Sequence[np.ndarray]) -> None:
-        """Compare a grey sample, uint8 [H, W], with the one before."""
-        grey = np.ascontiguousarray(images[0])
-        if min(grey.shape) >= SMALLEST and self._previous is not None:
+        """Compare a gray sample, uint8 [H, W], with the one before."""
+        gray = np.ascontiguousarray(images[0])
+        if min(gray.shape) >= SMALLEST and self._previous is not None:
             before, earlier = self._previous
-            if earlier.shape == grey.shape:
+            if earlier.shape == gray.shape:
                 self._from.append(before)
                 self._to.append(pts)
-                self._scores.append(flow_score(earlier, grey, self._dis))
-        self._previous = (pts, grey)
+                self._scores.append(flow_score(earlier, gray, self._dis))
+        self._previous = (pts, gray)
 
     def columns(self, start_pts: int, end_pts: int) -> dict[str, float | None]:
         """Mean, median and 90th percentile over the pairs that lie within the span.
@@ -68,6 +68,6 @@ class Flow:
 
 
 def flow_score(previous: np.ndarray, current: np.ndarray, dis: Any) -> float:
-    """Mean flow magnitude between two grey frames, uint8 [H, W], divided by the short side."""
+    """Mean flow magnitude between two gray frames, uint8 [H, W], divided by the short side."""
     flow = dis.calc(previous, current, None)  # float32 [H, W, 2], pixels
     return float(np.hypot(flow[..., 0], flow[..., 1]).mean() / min(previous.shape))

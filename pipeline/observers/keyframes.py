@@ -85,13 +85,13 @@ def even(total: int, wanted: int) -> list[int]:
 def perceptual_hash(bgr: np.ndarray) -> int:
     """64-bit DCT hash of a BGR picture, uint8 [H, W, 3]; near pictures differ in few bits.
 
-    The 8x8 lowest frequencies of a 32x32 grey copy, each above or below their median; the mean
+    The 8x8 lowest frequencies of a 32x32 gray copy, each above or below their median; the mean
     (the first of them) says nothing of the picture and is left out of the median.
     """
     import cv2
 
-    grey = cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY)
-    small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    gray = cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY)
+    small = cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:8, :8].ravel()
     bits = low > np.median(low[1:])
     return int(np.packbits(bits).view(">u8")[0])

@@ -20,13 +20,13 @@ class LightSettings(Settings):
     fps: float = 2.0
     """Samples per second for sharpness, contrast, color, bars and freezes."""
     black: float = 16.0
-    """Mean grey level below which a frame is black."""
+    """Mean gray level below which a frame is black."""
     flash: float = 20.0
-    """Change of mean grey level between neighbour frames that counts as a flash."""
+    """Change of mean gray level between neighbor frames that counts as a flash."""
     freeze: float = 0.5
-    """Mean change in grey levels between samples below which the picture stands still."""
+    """Mean change in gray levels between samples below which the picture stands still."""
     bar: int = 24
-    """Grey level that no pixel of a letterbox bar exceeds."""
+    """Gray level that no pixel of a letterbox bar exceeds."""
 
 
 class Flicker:
@@ -79,21 +79,21 @@ class Light:
         self._previous: np.ndarray | None = None
 
     def see(self, index: int, pts: int, seconds: float, images: Sequence[np.ndarray]) -> None:
-        """Measure a grey sample, uint8 [H, W], and its color twin, BGR uint8 [h, w, 3]."""
+        """Measure a gray sample, uint8 [H, W], and its color twin, BGR uint8 [h, w, 3]."""
         import cv2
 
-        grey, color = images
-        if self._previous is not None and self._previous.shape == grey.shape:
-            change = float(cv2.absdiff(self._previous, grey).mean())
+        gray, color = images
+        if self._previous is not None and self._previous.shape == gray.shape:
+            change = float(cv2.absdiff(self._previous, gray).mean())
             self._from.append(self._pts[-1])
             self._to.append(pts)
             self._still.append(change < self._settings.freeze)
-        self._previous = grey
+        self._previous = gray
         self._pts.append(pts)
-        blur = float(cv2.Laplacian(grey, cv2.CV_32F).var())
-        self._measures.append((float(grey.std()), blur, colorfulness(color)))
-        self._boxes.append(content_box(grey, self._settings.bar))
-        self._size = (grey.shape[1], grey.shape[0])
+        blur = float(cv2.Laplacian(gray, cv2.CV_32F).var())
+        self._measures.append((float(gray.std()), blur, colorfulness(color)))
+        self._boxes.append(content_box(gray, self._settings.bar))
+        self._size = (gray.shape[1], gray.shape[0])
 
     def columns(self, start_pts: int, end_pts: int) -> dict[str, float | None]:
         """Means over the span's samples; freeze_ratio over pairs that lie within the span."""
@@ -127,7 +127,7 @@ class Light:
 
 
 def colorfulness(bgr: np.ndarray) -> float:
-    """Hasler and Süsstrunk's measure (2003) of a BGR picture, uint8 [H, W, 3]; 0 is grey."""
+    """Hasler and Süsstrunk's measure (2003) of a BGR picture, uint8 [H, W, 3]; 0 is gray."""
     blue, green, red = (bgr[..., i].astype(np.float32) for i in range(3))
     red_green = red - green
     yellow_blue = 0.5 * (red + green) - blue
@@ -136,10 +136,10 @@ def colorfulness(bgr: np.ndarray) -> float:
     return float(spread + 0.3 * offset)
 
 
-def content_box(grey: np.ndarray, bar: int) -> tuple[int, int, int, int] | None:
+def content_box(gray: np.ndarray, bar: int) -> tuple[int, int, int, int] | None:
     """Half-open box (x0, y0, x1, y1) outside of which no pixel exceeds `bar`; None if all black."""
-    rows = np.flatnonzero(grey.max(axis=1) > bar)
-    columns = np.flatnonzero(grey.max(axis=0) > bar)
+    rows = np.flatnonzero(gray.max(axis=1) > bar)
+    columns = np.flatnonzero(gray.max(axis=0) > bar)
     if not len(rows):
         return None
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

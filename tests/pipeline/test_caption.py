@@ -100,7 +100,7 @@ def test_a_table_of_captions_brings_its_other_columns_along(tmp_path: Path) -> N
     (tmp_path / "a.png").write_bytes(b"x")
     table = tmp_path / "captions.jsonl"
     rows = [
-        {"path": "a.png", "caption": ["one", "two"], "lang": "en", "licence": "CC0"},
+        {"path": "a.png", "caption": ["one", "two"], "lang": "en", "license": "CC0"},
         {"path": "/far/b.png", "caption": "three"},
     ]
     table.write_text("\n".join(json.dumps(row) for row in rows))
@@ -110,7 +110,7 @@ def test_a_table_of_captions_brings_its_other_columns_along(tmp_path: Path) -> N
         ("one", "given", "en"),
         ("two", "given", "en"),
     ]
-    assert given.meta == {str(tmp_path / "a.png"): {"licence": "CC0"}}
+    assert given.meta == {str(tmp_path / "a.png"): {"license": "CC0"}}
     assert given.captions["/far/b.png"][0].text == "three"
 
     sheet = tmp_path / "captions.csv"

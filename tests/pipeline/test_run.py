@@ -209,6 +209,15 @@ def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path: Path, pictures: Path
     assert [p.name for p in (tmp_path / "home").iterdir()] == ["thesis.txt"]
 
 
+def test_a_rule_with_a_typing_error_is_told_before_anything_is_decoded(
+    tmp_path: Path, pictures: Path
+) -> None:
+    settings = build(CurateSettings, sets=['decide.extra=["image: blurr > 3"]'])
+    with pytest.raises(UsageError, match=r'decide\.extra "blurr > 3"'):
+        _curate(pictures, out=tmp_path / "run", settings=settings)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_input_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file or folder"):
         _curate(tmp_path / "gone", out=tmp_path / "run")

@@ -75,7 +75,7 @@ def test_keyframes_are_a_dataset_that_webdataset_reads(tmp_path: Path, bikes: Pa
             picture = np.asarray(Image.open(io.BytesIO(sample[field])))
             assert picture.shape == (272, 640, 3)
             assert row["start_s"] <= keyframe["time_s"] < row["end_s"]
-    # The JPEG is the frame of that time, not a neighbour of it.
+    # The JPEG is the frame of that time, not a neighbor of it.
     row = max(rows, key=lambda row: len(row["keyframes"]))
     keyframe = row["keyframes"][-1]
     pts = round(keyframe["time_s"] * 12800)

@@ -26,8 +26,8 @@ def test_the_score_is_the_displacement_over_the_short_side(
 def test_pairs_across_a_cut_count_for_no_clip(moving: Callable[..., list[np.ndarray]]) -> None:
     flow = Flow(FlowSettings())
     still, other = (cv2.cvtColor(moving(1, seed=s)[0], cv2.COLOR_RGB2GRAY) for s in (1, 2))
-    for i, grey in enumerate([still, still, other, other]):
-        flow.see(i, i * 10, i / 2, [grey])
+    for i, gray in enumerate([still, still, other, other]):
+        flow.see(i, i * 10, i / 2, [gray])
     assert flow.columns(0, 20)["flow_mean"] == pytest.approx(0, abs=1e-3)
     assert flow.columns(20, 40)["flow_mean"] == pytest.approx(0, abs=1e-3)
     across = flow.columns(0, 40)["flow_mean"]

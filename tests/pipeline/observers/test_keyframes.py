@@ -1,4 +1,4 @@
-"""Keyframes: evenly chosen, few, and recognised again by their hashes."""
+"""Keyframes: evenly chosen, few, and recognized again by their hashes."""
 
 from __future__ import annotations
 

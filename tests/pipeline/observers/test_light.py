@@ -30,10 +30,10 @@ def test_brightness_black_frames_and_flashes() -> None:
     assert _flicker([100] * 6 + [0] * 6).columns(0, 6)["flash_ratio"] == 0
 
 
-def _light(greys: list[np.ndarray]) -> Light:
+def _light(grays: list[np.ndarray]) -> Light:
     light = Light(LightSettings())
-    for i, grey in enumerate(greys):
-        light.see(i, i, i / 2, [grey, np.repeat(grey[..., None], 3, axis=2)])
+    for i, gray in enumerate(grays):
+        light.see(i, i, i / 2, [gray, np.repeat(gray[..., None], 3, axis=2)])
     return light
 
 
@@ -46,7 +46,7 @@ def test_a_picture_that_stands_still_is_frozen_and_one_that_moves_is_not() -> No
     assert light.columns(4, 5)["freeze_ratio"] is None
 
 
-def test_blur_lowers_the_blur_score_and_grey_has_no_color() -> None:
+def test_blur_lowers_the_blur_score_and_gray_has_no_color() -> None:
     import cv2
 
     rng = np.random.default_rng(0)

@@ -71,6 +71,23 @@ class LogSettings(Settings):
     """Write TensorBoard event files."""
 
 
+class SamplingSettings(Settings):
+    """How `sample` draws from this checkpoint unless it is told otherwise. May be changed when
+    resuming."""
+
+    guidance: float = Field(default=3.0, gt=0)
+    """Scale of classifier-free guidance; 1 is none."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits; below 1 is bolder."""
+    top_k: int = Field(default=2048, ge=1)
+    """Only the so many likeliest codes."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only the likeliest codes that together have this probability."""
+    plausible: float = Field(default=0.0, ge=0, lt=1)
+    """Only codes that have at least this share of the likeliest one's probability before
+    guidance."""
+
+
 class TrainSettings(Settings):
     """Everything that a training run depends on, besides its shards."""
 
@@ -92,9 +109,10 @@ class TrainSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
+    sampling: SamplingSettings = SamplingSettings()
 
 
-MAY_CHANGE = ("steps", "minutes", "device", "checkpoint", "log")
+MAY_CHANGE = ("steps", "minutes", "device", "checkpoint", "log", "sampling")
 """Settings that a resumed run may have otherwise. Another `steps` changes the schedule."""
 
 

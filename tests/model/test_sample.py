@@ -21,7 +21,7 @@ from transformers import (
 
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
 from unimodal.model.grammar import BlockGrammar
-from unimodal.model.recipe import TrainSettings
+from unimodal.model.recipe import SamplingSettings, TrainSettings
 from unimodal.model.sample import Choice, Noise, Sampler, contact_sheet
 from unimodal.model.train import train
 from unimodal.pipeline.errors import UnimodalError, UsageError
@@ -202,6 +202,29 @@ def test_draws_follow_the_probabilities() -> None:
     nucleus = Choice(temperature=0.7, top_p=0.75).pick(logits, lambda: noise)
     assert set(nucleus.tolist()) == {0}  # p[0] = 0.77 is enough
     assert set(Choice(top_k=1).pick(logits, lambda: noise).tolist()) == {0}
+
+
+def test_guidance_draws_nothing_that_the_prompt_alone_makes_implausible() -> None:
+    # Both rows are sure of column 0; the last two columns are noise that guidance blows up.
+    conditional = torch.tensor([[15.0, 13.0, 0.0, 0.0]])
+    unconditional = torch.tensor([[14.0, 13.0, -20.0, -5.0]])
+    free = Choice().guide(conditional, unconditional, 3.0)
+    assert int(free.argmax()) == 2
+    kept = Choice(plausible=0.1).guide(conditional, unconditional, 3.0)
+    assert int(kept.argmax()) == 0
+    assert kept.isinf().tolist() == [[False, False, True, True]]
+    assert torch.equal(kept[:, :2], free[:, :2])
+
+
+def test_a_call_without_values_draws_as_the_checkpoints_recipe_says(
+    decoder: Decoder, vocabulary: Vocabulary, tokenizer: VisionTokenizer
+) -> None:
+    own = SamplingSettings(guidance=1.5, temperature=0.5, top_k=7, top_p=0.9, plausible=0.1)
+    told = Sampler(decoder, vocabulary, tokenizer, GRIDS)
+    values = own.model_dump()
+    by_recipe = Sampler(decoder, vocabulary, tokenizer, GRIDS, own).images(["kite"])
+    assert np.array_equal(by_recipe, told.images(["kite"], **values))
+    assert not np.array_equal(by_recipe, told.images(["kite"]))
 
 
 def test_pictures_and_clips_have_the_size_asked_for(sampler: Sampler) -> None:

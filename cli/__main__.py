@@ -1,0 +1,5 @@
+"""`python -m unimodal.cli` is the `unimodal` command."""
+
+from unimodal.cli.app import main
+
+main()

@@ -1,0 +1,51 @@
+"""The `unimodal` command. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from unimodal.cli import curate, demo, sample, tokenize, train, train_tokenizer
+
+app = typer.Typer(
+    name="unimodal",
+    help="From a folder of images and videos to one model that generates and describes them.",
+    epilog="The road: curate, tokenize, train, sample. "
+    "Each command prints the path of what it made, and reads such a path from '-'.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("curate")(curate.curate)
+app.command("tokenize")(tokenize.tokenize)
+app.command("train")(train.train)
+app.command("sample")(sample.sample)
+app.command("train-tokenizer")(train_tokenizer.train_tokenizer)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Run the command line; problems of the user's are one line on stderr, not a traceback."""
+    from unimodal.pipeline.errors import UnimodalError
+
+    # A pipe that is closed early (`| head`) is no error of ours, and no traceback.
+    try:
+        app()
+    except UnimodalError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"unimodal: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("unimodal: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""`unimodal tokenize`: a run directory in, shards of tokens out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unimodal.cli import options
+
+if TYPE_CHECKING:
+    from unimodal.tokenize.plan import TokenizeSettings
+
+
+def tokenize(
+    run: Annotated[str, typer.Argument(help="Run directory of unimodal curate, or '-'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of shards.")] = Path("shards"),
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Vision tokenizer: small, or a directory.")
+    ] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option("--vocabulary", help="bytes, emu3:FILE, or a tokenizer file.")
+    ] = None,
+    area: Annotated[int | None, typer.Option("--area", help="Pixels of a picture.")] = None,
+    fps: Annotated[float | None, typer.Option("--fps", help="Pictures a second of video.")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="emu3, or none.")] = None,
+    sets: options.Sets = None,
+    limit: options.Limit = None,
+    device: options.Device = "auto",
+    plan: options.Plan = False,
+    strict: options.Strict = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Turn kept clips and images into discrete tokens, as WebDataset shards with an index."""
+    from unimodal.cli import console
+    from unimodal.pipeline.errors import UsageError
+    from unimodal.pipeline.settings import build
+    from unimodal.tokenize import plan as plans
+    from unimodal.tokenize import run as stage
+
+    if preset is not None and preset not in plans.PRESETS:
+        raise UsageError(f"no preset {preset}: there are {', '.join(plans.PRESETS)}")
+    given = {"tokenizer": tokenizer, "vocabulary": vocabulary, "area": area, "fps": fps}
+    settings = build(
+        plans.TokenizeSettings,
+        plans.PRESETS.get(preset or "", {}),
+        {key: value for key, value in given.items() if value is not None},
+        sets=sets or [],
+    )
+    source = Path(console.from_stdin(run))
+    if plan:
+        _plan(source, settings, limit, json)
+        return
+    shards = stage.tokenize(
+        source,
+        out,
+        settings,
+        progress=console.progress(quiet),
+        limit=limit,
+        device=console.device(device),
+    )
+    totals = dict(shards.manifest["totals"])
+    console.table(f"shards in {out}", list(totals.items()), quiet)
+    console.result(out, totals, json)
+    if strict and totals.get("quarantined"):
+        raise typer.Exit(3)
+
+
+def _plan(run: Path, settings: TokenizeSettings, limit: int | None, as_json: bool) -> None:
+    from unimodal.cli import console
+    from unimodal.tokenize import plan as plans
+    from unimodal.tokenize.vision.tokenizer import VisionTokenizer
+    from unimodal.tokenize.vocabulary import Vocabulary
+
+    codebook = VisionTokenizer.load(settings.tokenizer).codebook_size
+    vocabulary = Vocabulary.named(settings.vocabulary, codebook)
+    counts = plans.estimate(plans.kept_clips(run, limit), settings, vocabulary)
+    console.plan("would tokenize", counts, as_json)

@@ -1,0 +1,200 @@
+"""Pictures and short clips in memory, from which a tokenizer in training takes random crops.
+
+Everything is a pure function of the seed and the step, so that a resumed training sees what an
+uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from unimodal.pipeline.errors import MediaError, UnimodalError
+from unimodal.pipeline.progress import Progress
+from unimodal.tokenize.vision.pixels import resize
+
+GROUP = 4  # frames of one training clip: one latent frame
+WINDOW_SECONDS = 2.0  # one group of frames is taken from every two seconds of a video
+MAX_WINDOWS = 400  # groups taken from one video at most
+
+
+@dataclass(frozen=True)
+class Span:
+    """A still image, or a part of a video."""
+
+    uri: str
+    video: bool
+    start_pts: int | None = None
+    end_pts: int | None = None
+    fps: float | None = None
+
+
+@dataclass
+class Bank:
+    """Decoded training material, short side at most `short_side`."""
+
+    pictures: list[np.ndarray] = field(default_factory=list)  # uint8 [H,W,3]
+    clips: list[np.ndarray] = field(default_factory=list)  # uint8 [4,H,W,3]
+    held_pictures: list[np.ndarray] = field(default_factory=list)
+    held_clips: list[np.ndarray] = field(default_factory=list)
+
+    def weights(self) -> np.ndarray:
+        """Chance of each picture: proportional to the root of its area.
+
+        By area alone a few wallpapers would crowd out thousands of icons, by count the reverse.
+        """
+        roots = np.sqrt([float(p.shape[0] * p.shape[1]) for p in self.pictures])
+        return roots / roots.sum()
+
+
+def held_out(uri: str, fraction: float) -> bool:
+    """Whether a source is kept out of training, by a hash of its file name alone."""
+    digest = hashlib.sha256(Path(uri).name.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < fraction * 2**32
+
+
+def list_spans(inputs: Sequence[str | Path]) -> list[Span]:
+    """Kept clips of run directories, or media files, folders and globs, sorted.
+
+    Raises `UsageError` for a path that does not exist and `UnimodalError` if nothing is found.
+    """
+    found: list[Span] = []
+    for item in inputs:
+        table = Path(item) / "clips.parquet"
+        found += _from_run(table) if table.exists() else _from_files(str(item))
+    if not found:
+        raise UnimodalError(
+            f"{', '.join(map(str, inputs))}: no picture or video found; give a run directory made "
+            "by `unimodal curate`, or files and folders of media"
+        )
+    return sorted(set(found), key=lambda s: (s.uri, s.start_pts or 0))
+
+
+def _from_run(table: Path) -> list[Span]:
+    import pyarrow.parquet as pq
+
+    columns = ["uri", "kind", "start_pts", "end_pts", "fps", "verdict"]
+    return [
+        Span(row["uri"], row["kind"] == "video", row["start_pts"], row["end_pts"], row["fps"])
+        for row in pq.read_table(table, columns=columns).to_pylist()
+        if row["verdict"] == "keep"
+    ]
+
+
+def _from_files(item: str) -> list[Span]:
+    from unimodal.pipeline.inputs import list_sources
+    from unimodal.pipeline.media import probe
+
+    spans = []
+    for source in list_sources([item]):
+        try:
+            found = probe(Path(source.uri))
+        except MediaError:
+            continue  # told again, with its reason, by `unimodal curate`
+        spans.append(Span(source.uri, found.kind == "video", fps=found.fps))
+    return spans
+
+
+def load_bank(
+    spans: Sequence[Span],
+    *,
+    short_side: int,
+    fps: float,
+    val_fraction: float,
+    limit_bytes: int,
+    progress: Progress,
+) -> Bank:
+    """Decode `spans` into memory until `limit_bytes` are held; what cannot be read is noted."""
+    bank = Bank()
+    held = 0
+    progress.begin("read", len(spans), "sources")
+    # A hash order, so that a memory limit takes a sample of everything and not the first folder.
+    for span in sorted(spans, key=lambda s: hashlib.sha256(repr(s).encode()).digest()):
+        out = held_out(span.uri, val_fraction)
+        try:
+            if span.video:
+                groups = list(_groups(span, short_side, fps))
+                (bank.held_clips if out else bank.clips).extend(groups)
+                held += sum(g.nbytes for g in groups)
+            else:
+                picture = _picture(span.uri, short_side)
+                (bank.held_pictures if out else bank.pictures).append(picture)
+                held += picture.nbytes
+        except MediaError as error:
+            progress.note(f"left out: {error}")
+        progress.advance("read")
+        if held > limit_bytes:
+            progress.note(f"training on a sample: {held / 2**30:.1f} GiB of pictures are in memory")
+            break
+    progress.end("read")
+    if not bank.pictures and not bank.clips:
+        raise UnimodalError("nothing to train on: every source was left out or held out")
+    return bank
+
+
+def _target(height: int, width: int, short_side: int) -> tuple[int, int]:
+    scale = min(1.0, short_side / min(height, width))
+    return max(8, round(height * scale)), max(8, round(width * scale))
+
+
+def _picture(uri: str, short_side: int) -> np.ndarray:
+    from unimodal.pipeline.media import read_image
+
+    pixels = read_image(uri)
+    return resize(pixels, _target(pixels.shape[0], pixels.shape[1], short_side))
+
+
+def _groups(span: Span, short_side: int, fps: float) -> Iterator[np.ndarray]:
+    """Four frames, `1 / fps` apart, from the start of every two seconds of the span."""
+    from unimodal.pipeline.media import iter_frames, probe
+
+    shown = probe(Path(span.uri))
+    size = _target(shown.height, shown.width, short_side // 2)
+    rate = span.fps or shown.fps or 25.0
+    step = max(1, round(rate / fps))
+    every = max(GROUP * step, round(rate * WINDOW_SECONDS))
+    frames = iter_frames(span.uri, span.start_pts, span.end_pts, size=size)
+    group: list[np.ndarray] = []
+    for index, (_, pixels) in enumerate(islice(frames, MAX_WINDOWS * every)):
+        offset = index % every
+        if offset % step == 0 and offset < GROUP * step:
+            group.append(pixels)
+            if len(group) == GROUP:
+                yield np.stack(group)
+                group = []
+
+
+def picture_batch(bank: Bank, rng: np.random.Generator, batch: int, crop: int) -> np.ndarray:
+    """Random crops of random pictures at a random scale: uint8 [batch, 1, crop, crop, 3]."""
+    chosen = rng.choice(len(bank.pictures), size=batch, p=bank.weights())
+    return np.stack([_crop(bank.pictures[i][None], rng, crop) for i in chosen])
+
+
+def clip_batch(bank: Bank, rng: np.random.Generator, batch: int, crop: int) -> np.ndarray:
+    """Random crops of random clips, the same place in all frames: uint8 [batch,4,crop,crop,3]."""
+    chosen = rng.integers(len(bank.clips), size=batch)
+    return np.stack([_crop(bank.clips[i], rng, crop) for i in chosen])
+
+
+def _crop(frames: np.ndarray, rng: np.random.Generator, crop: int) -> np.ndarray:
+    """frames [T,H,W,3] -> [T,crop,crop,3]: at scale 1, 1/2 or 1/4, flipped half the time."""
+    height, width = frames.shape[1:3]
+    factor = int(rng.choice([1, 2, 4], p=[0.35, 0.45, 0.2]))
+    while factor > 1 and min(height, width) < crop * factor:
+        factor //= 2
+    if min(height, width) < crop or (min(height, width) < 1.5 * crop and rng.random() < 0.5):
+        # Small pictures are mostly seen whole, as they will be when they are tokenized.
+        frames = np.stack([resize(frame, (crop, crop)) for frame in frames])
+        height = width = crop
+    side = crop * factor
+    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    cut = frames[:, top : top + side, left : left + side]
+    if factor > 1:  # box filter: a smaller copy of the place
+        blocks = cut.reshape(len(cut), crop, factor, crop, factor, 3)
+        cut = np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+    return cut[:, :, ::-1] if rng.random() < 0.5 else cut

@@ -233,8 +233,10 @@ def to_toml(values: Mapping[str, Any], prefix: str = "") -> str:
         if isinstance(value, Mapping):
             tables.append(f"\n[{prefix}{key}]\n{to_toml(value, f'{prefix}{key}.')}")
         elif value is not None:
-            # JSON writes strings, numbers, booleans and lists of them as TOML does.
-            lines.append(f"{key} = {json.dumps(value)}\n")
+            # JSON writes strings, numbers, booleans and lists of them as TOML does, except for
+            # two things that TOML refuses: escaped surrogate pairs, and DEL unescaped.
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{key} = {text}\n")
     return "".join(lines + tables)
 
 

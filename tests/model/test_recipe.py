@@ -45,7 +45,8 @@ def test_an_unknown_setting_names_the_nearest() -> None:
 
 
 def test_settings_written_as_toml_read_back_equal(tmp_path: Path) -> None:
-    settings = settings_from("tiny", sets=['log.sample_prompts=["a \\"quoted\\" cat", "é"]'])
+    prompts = ['a "quoted" cat\n', "é 😀", "\x7f\x00"]
+    settings = settings_from("tiny", {"log": {"sample_prompts": prompts}})
     path = tmp_path / "config.toml"
     path.write_text(to_toml(settings.model_dump(mode="json")))
     assert settings_from(path) == settings

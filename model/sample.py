@@ -434,11 +434,11 @@ class Sampler:
         """Codes [H, W] of a picture, or [T, H, W] of a clip, scaled as in training."""
         from unimodal.tokenize.vision.pixels import area_size, resize, to_pixels
 
-        if pixels.ndim not in (3, 4) or pixels.shape[-1] != 3:
+        if pixels.ndim not in (3, 4) or pixels.shape[-1] != 3 or not pixels.size:
             raise UsageError(f"a picture is [H, W, 3] and a clip [F, H, W, 3], not {pixels.shape}")
         kind = "image" if pixels.ndim == 3 else "video"
         _, height, width = self._grid(None, kind)
-        clip = pixels[None] if pixels.ndim == 3 else pixels
+        clip = pixels[None] if pixels.ndim == 3 else _whole_groups(pixels)
         sides = area_size(clip.shape[1], clip.shape[2], height * width * SPATIAL**2)
         scaled = np.stack([resize(frame, sides) for frame in clip])
         codes = self.tokenizer.encode(to_pixels(scaled)[None])[0].cpu().numpy()
@@ -538,6 +538,13 @@ class _Decoding:
         chosen = torch.tensor(rows, device=self.device)
         self.cache = self.cache.select(chosen)
         self.lengths = self.lengths[chosen]
+
+
+def _whole_groups(clip: np.ndarray) -> np.ndarray:
+    """A clip [F, H, W, 3] cut to a multiple of 4 frames, or its last frame repeated up to 4."""
+    if len(clip) < TEMPORAL:
+        return np.concatenate([clip, np.repeat(clip[-1:], TEMPORAL - len(clip), axis=0)])
+    return clip[: len(clip) // TEMPORAL * TEMPORAL]
 
 
 def contact_sheet(images: Sequence[np.ndarray], columns: int = 8, gap: int = 2) -> np.ndarray:

@@ -291,8 +291,9 @@ def test_a_picture_is_described_from_its_codes_at_the_trained_size(sampler: Samp
     codes = sampler._encode(picture)
     assert codes.shape == (4, 5)
     assert sampler.describe([picture], max_tokens=8) == sampler.describe([codes], max_tokens=8)
-    clip = np.stack([picture] * 8)
+    clip = np.stack([picture] * 11)  # a clip is cut to whole groups of four frames, or filled up
     assert sampler._encode(clip).shape[0] == 2
+    assert sampler._encode(clip[:2]).shape[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""The command line itself: start-up, help, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ["torch", "numpy", "pydantic", "webdataset", "pyarrow", "ray", "av", "cv2", "PIL"]
+
+
+def run(*arguments: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `unimodal ...` as a user would."""
+    command = [sys.executable, "-m", "unimodal.cli", *map(str, arguments)]
+    return subprocess.run(command, input=stdin or "", capture_output=True, text=True)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"import sys, unimodal.cli.app; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_names_every_command() -> None:
+    text = run("--help").stdout
+    for name in ("curate", "tokenize", "train", "sample", "train-tokenizer", "demo"):
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["curate", "no/such/folder"], 2, "no/such/folder"),
+        (["curate", "--preset", "bset", "."], 2, "no preset bset: there are best, emu3"),
+        (["curate", ".", "--set", "flow.fsp=3"], 2, "did you mean flow.fps?"),
+        (["tokenize", "no-run"], None, "no-run"),
+        (["train", "no-shards"], None, "no-shards"),
+        (["train", ".", "--recipe", "tinny"], 2, "did you mean tiny?"),
+        (["sample", "no-checkpoint", "a kite"], None, "no-checkpoint"),
+        (["sample", "x", "a kite", "--size", "12"], 2, "write height x width"),
+        (["sample", "x"], 2, "give prompts to draw, or --describe FILE"),
+        (["sample", "x", "--describe", "no.png"], 1, "no.png"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_thing(
+    arguments: list[str], code: int | None, says: str
+) -> None:
+    done = run(*arguments)
+    assert done.returncode in ((code,) if code is not None else (1, 2))
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_an_empty_pipe_is_one_line() -> None:
+    done = run("tokenize", "-", stdin="")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "unimodal: the command before produced nothing"
+
+
+def test_an_empty_folder_says_so(tmp_path: Path) -> None:
+    done = run("curate", tmp_path, "-o", tmp_path / "run")
+    assert done.returncode == 2
+    assert str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr

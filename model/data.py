@@ -278,7 +278,12 @@ def collate(samples: Samples, documents: Sequence[Document], settings: DataSetti
         # document ever predicts a token of the next.
         ids.append(whole[:-1])
         targets.append(whole[1:])
-        weights.append(loss_weights(whole, vocabulary, vision)[1:])
+        weight = loss_weights(whole, vocabulary, vision)[1:]
+        if document.caption is None:
+            # Up to its EOS this is how a document that describes begins. Learning EOS here would
+            # teach that a picture has no description, and greedy decoding would give none.
+            weight[-1] = 0
+        weights.append(weight)
         kinds.append(_kinds(whole[1:], vocabulary, document.describes))
     lengths = [len(one) for one in ids]
     return Batch(

@@ -88,6 +88,22 @@ def test_vision_targets_weigh_half_and_described_pictures_what_the_setting_says(
         assert np.array_equal(codes, np.char.endswith(names, "/vision"))
 
 
+def test_a_dropped_caption_never_teaches_that_a_picture_has_no_description(
+    tiny_shards: Shards,
+) -> None:
+    settings = DataSettings(context=128, caption_dropout=0.5, understanding=0.3)
+    vocabulary = tiny_shards.vocabulary
+    ends: dict[str, set[float]] = {"dropped": set(), "drawn": set(), "described": set()}
+    loader = Loader(Samples([tiny_shards]), settings, 0)
+    for _ in range(12):
+        for ids, _, weights in _documents(next(loader)):
+            first, last = int(ids[1]), int(ids[-1])
+            drawn = "drawn" if last == vocabulary.eoi else "described"
+            kind = "dropped" if first == vocabulary.boi and last == vocabulary.eoi else drawn
+            ends[kind].add(float(weights[-1]))
+    assert ends == {"dropped": {0.0}, "drawn": {1.0}, "described": {1.0}}
+
+
 def test_an_epoch_holds_every_training_sample_once_and_no_validation_sample(
     tiny_shards: Shards,
 ) -> None:

@@ -220,18 +220,12 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, settings: TokenizerSettings) -> None:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        wide = [
-            (n, p)
-            for n, p in trained
-            if p.ndim > 1
-            and min(p.shape[0], p[0].numel()) >= 32
-            and not __import__("os").environ.get("NOMUON")
-        ]
+        wide = [(n, p) for n, p in trained if p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 32]
         # torch's Muon takes matrices only: these share their storage with the weights.
         self.matrices = {n: (p, nn.Parameter(p.detach().view(len(p), -1))) for n, p in wide}
         self.rest = {n: p for n, p in trained if n not in self.matrices}
         self.muon = torch.optim.Muon(
-            [m for _, m in self.matrices.values()] or [nn.Parameter(torch.zeros(2, 2))],
+            [m for _, m in self.matrices.values()],
             lr=settings.lr,
             weight_decay=WEIGHT_DECAY,
             adjust_lr_fn="match_rms_adamw",

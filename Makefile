@@ -23,14 +23,15 @@ install: $(READY)
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"unimodal needs Python 3.11 or newer, this is {v.major}.{v.minor}: make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; } || { \
+		rm -rf .venv; echo "python -m venv failed: install it (Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
 # Pins are remade on purpose, not by accident; no index host is written into the file.
-lock:
+lock: install
 	$(BIN)/uv pip compile --quiet --no-emit-index-url --no-header --python-version 3.11 \
 		--extra demo --extra dev --constraint constraints.txt pyproject.toml -o requirements.lock
 

@@ -42,9 +42,6 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("unimodal: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

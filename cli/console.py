@@ -41,13 +41,6 @@ def plan(title: str, record: Mapping[str, Any], as_json: bool) -> None:
         table(title, list(record.items()), False)
 
 
-def device(name: str) -> str:
-    """`auto` is the GPU where torch sees one."""
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
 def progress(quiet: bool) -> Progress:
     """Drawn with Rich on a terminal, lines now and then in a log, nothing if quiet."""
     if quiet:
@@ -121,8 +114,9 @@ class Drawn(Progress):
         self.tasks: dict[str, Any] = {}
 
     def begin(self, task: str, total: float, unit: str) -> None:
-        if task in self.tasks:
-            self.bars.remove_task(self.tasks.pop(task))
+        if task in self.tasks:  # a new total for a task that is under way
+            self.bars.update(self.tasks[task], total=total or None, completed=0)
+            return
         if not self.live.is_started:
             self.live.start()
         self.tasks[task] = self.bars.add_task(task, total=total or None, unit=unit)
@@ -157,6 +151,7 @@ class Drawn(Progress):
                 )
             self.bars.remove_task(number)
         if not self.tasks:
+            self.live.update(self.bars)
             self.live.stop()
 
 
@@ -166,13 +161,16 @@ def table(title: str, rows: Sequence[tuple[str, Any]], quiet: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    drawn = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    drawn = Table(
+        title=Text(title), title_justify="left", show_header=False, box=None, pad_edge=False
+    )
     drawn.add_column(style="dim")
     drawn.add_column()
     for name, value in rows:
-        drawn.add_row(str(name), _number(value))
-    Console(stderr=True).print(drawn, markup=False)
+        drawn.add_row(Text(str(name)), Text(_number(value)))
+    Console(stderr=True).print(drawn)
 
 
 def _number(value: Any) -> str:

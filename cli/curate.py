@@ -80,11 +80,12 @@ def curate(
 
 
 def _reasons(made: Run) -> list[tuple[str, int]]:
-    """How many clips each rule drops."""
+    """How many clips are dropped by rules on each column."""
     from collections import Counter
 
     reasons = made.clips.column("reasons").to_pylist()
-    counts = Counter(f"dropped by {r.split(':')[0]}" for row in reasons for r in set(row or []))
+    rules = [{r.split(":")[1].split("=")[0] for r in row or []} for row in reasons]
+    counts = Counter(f"dropped by {rule}" for row in rules for rule in row)
     return counts.most_common()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json as jsonlib
 import time
 import unicodedata
 from dataclasses import dataclass, field
@@ -206,7 +205,7 @@ def _reconstructions(
     from unimodal.pipeline.media import read_image
     from unimodal.tokenize.vision.pixels import area_size, resize, to_pixels, to_uint8
 
-    sources = {text: path for path, text in _emoji(len(pictures) + PICTURES).items()}
+    sources = {text: path for path, text in _emoji(PICTURES).items()}
     some = _spread(train, 6)
     pairs = [(names[i], sources.get(names[i]), SIDE * SIDE) for i in some]
     data = _package("skimage", "data")
@@ -278,9 +277,3 @@ def _package(name: str, folder: str) -> Path:
             f"the demo needs the media of the package {name}: pip install 'unimodal[demo]'"
         )
     return Path(spec.origin).parent / folder
-
-
-def read_metrics(checkpoint: Path) -> list[dict[str, Any]]:
-    """Rows of a checkpoint's metrics.jsonl."""
-    lines = (checkpoint / "metrics.jsonl").read_text().splitlines()
-    return [jsonlib.loads(line) for line in lines]

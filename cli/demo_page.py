@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import tarfile
 from html import escape
 from pathlib import Path
@@ -17,16 +18,18 @@ if TYPE_CHECKING:
     from unimodal.cli.demo import Story
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem;
        color: #1c2330; background: #fff }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #dde; }
 table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left }
-th { font-weight: 500; color: #667 } td.n { text-align: right; font-variant-numeric: tabular-nums }
+th { font-weight: 500; color: #667 }
+td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .grid { display: flex; flex-wrap: wrap; gap: .6rem } figure { margin: 0; width: 8.5rem }
 figure.wide { width: 16.6rem } figcaption { font-size: 12px; color: #445; line-height: 1.25 }
 img { image-rendering: pixelated; vertical-align: top; border: 1px solid #e4e6ee }
 .pair img { width: 4rem; height: 4rem } .wide img { width: 8rem }
-.strip img { height: 68px } .drop { opacity: .45 } .note { color: #667 }
+.strip { white-space: nowrap } .strip img { height: 56px }
+.drop { opacity: .45 } .note { color: #667 }
 """
 
 
@@ -116,7 +119,7 @@ def _keyframes(run_dir: Path, run: Any) -> dict[str, list[str]]:
                 file = tar.extractfile(member)
                 if rest.endswith("jpg") and file is not None:
                     image = Image.open(file)
-                    image.thumbnail((160, 68))
+                    image.thumbnail((132, 56))
                     found.setdefault(uid, []).append(_encoded(image, "JPEG"))
     return {uid: [uris[i] for i in _even(len(uris), 4)] for uid, uris in found.items()}
 
@@ -158,9 +161,8 @@ def _curve(checkpoint: Path) -> str:
     """Training loss by modality as an inline SVG, logarithmic in the loss."""
     import math
 
-    from unimodal.cli.demo import read_metrics
-
-    rows = read_metrics(checkpoint)
+    lines = (checkpoint / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     width, height = 900, 240
     series = {
         name: [(r["step"], r[name]) for r in rows if r.get(name)]

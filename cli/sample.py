@@ -54,25 +54,24 @@ def sample(
     from unimodal.cli import console
     from unimodal.model.sample import Sampler, contact_sheet
     from unimodal.pipeline.errors import UsageError
+    from unimodal.tokenize.device import usable
 
     pixels = _size(size)
     if form not in ("mp4", "gif"):
         raise UsageError(f"format {form}: mp4 or gif")
     if bool(prompts) == bool(describe):
         raise UsageError("give prompts to draw, or --describe FILE, one of the two")
+    if describe and (size or frames or negative or guidance is not None or number != 1):
+        raise UsageError("--describe takes no --size, --frames, --negative, --guidance or -n")
     source = console.from_stdin(checkpoint)
     given = [_media(path) for path in describe or []]
-    sampler = Sampler.load(source, console.device(device))
+    sampler = Sampler.load(source, usable(device))
     progress = console.progress(quiet)
     if describe:
-        texts = sampler.describe(
-            [frames for frames, _ in given],
-            temperature=temperature,
-            seed=seed,
-            fps=next((rate for _, rate in given if rate), None),
-            progress=progress,
-        )
-        for path, text in zip(describe, texts, strict=True):
+        writing: dict[str, Any] = {"temperature": temperature, "seed": seed, "progress": progress}
+        writing |= {k: v for k, v in (("top_k", top_k), ("top_p", top_p)) if v is not None}
+        for path, (shown, rate) in zip(describe, given, strict=True):
+            text = sampler.describe([shown], fps=rate, **writing)[0]
             print(jsonlib.dumps({"path": str(path), "text": text}) if json else text)
         return
     drawing: dict[str, Any] = {

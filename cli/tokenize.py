@@ -40,6 +40,7 @@ def tokenize(
     from unimodal.pipeline.settings import build
     from unimodal.tokenize import plan as plans
     from unimodal.tokenize import run as stage
+    from unimodal.tokenize.device import usable
 
     if preset is not None and preset not in plans.PRESETS:
         raise UsageError(f"no preset {preset}: there are {', '.join(plans.PRESETS)}")
@@ -60,7 +61,7 @@ def tokenize(
         settings,
         progress=console.progress(quiet),
         limit=limit,
-        device=console.device(device),
+        device=usable(device),
     )
     totals = dict(shards.manifest["totals"])
     console.table(f"shards in {out}", list(totals.items()), quiet)

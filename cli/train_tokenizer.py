@@ -31,6 +31,7 @@ def train_tokenizer(
     """Train a vision tokenizer of Emu3's architecture; resumes where it was interrupted."""
     from unimodal.cli import console
     from unimodal.pipeline.settings import build
+    from unimodal.tokenize.device import usable
     from unimodal.tokenize.vision import train as trainer
     from unimodal.tokenize.vision.tokenizer import SHIPPED
 
@@ -42,7 +43,7 @@ def train_tokenizer(
         out,
         settings,
         init=None if init is None else SHIPPED.get(init, Path(init)),
-        device=console.device(device),
+        device=usable(device),
         progress=console.progress(quiet),
     )
     console.result(made, {"steps": settings.steps}, json)

@@ -44,6 +44,7 @@ from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.settings import build
+from unimodal.tokenize.device import usable
 
 __all__ = ["Interrupted", "TrainSettings", "train"]
 
@@ -103,7 +104,7 @@ def train(
     with atomic(out / "config.toml") as file:
         file.write_text(to_toml(settings.model_dump(mode="json")))
 
-    device = _device(settings.device)
+    device = torch.device(usable(settings.device))
     config = DecoderConfig(settings.decoder, samples.vocabulary.size, settings.data.context)
     decoder = Decoder(config, settings.seed).to(device)
     decoder.compute = getattr(torch, settings.precision)
@@ -348,19 +349,6 @@ def _optimizers(decoder: Decoder, settings: TrainSettings) -> list[torch.optim.O
         adjust_lr_fn="match_rms_adamw",
     )
     return [adamw, orthogonal]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UnimodalError(
-            f"device {name} cannot be used ({str(error).splitlines()[0]}): set device=cpu"
-        ) from error
-    return device
 
 
 def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:

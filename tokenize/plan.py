@@ -172,7 +172,7 @@ def kept_clips(run_dir: Path, limit: int | None = None) -> pa.Table:
     if not len(kept):
         raise UnimodalError(
             f"no clip of {run_dir} is kept ({len(table)} dropped): its column reasons says why; "
-            "loosen the rules with unimodal decide"
+            "loosen a rule: unimodal curate … --set decide.RULE=none"
         )
     used = {*SPAN.names, "captions", "meta", *score_columns(kept)}
     kept = kept.select([name for name in kept.column_names if name in used])
@@ -196,7 +196,7 @@ def units(
     if settings.seconds * settings.fps < TEMPORAL:
         raise UsageError(
             f"{settings.seconds:g} s at {settings.fps:g} fps are fewer than {TEMPORAL} pictures, "
-            "which one latent frame needs: raise --seconds or --fps"
+            "which one latent frame needs: raise --fps, or --set seconds=…"
         )
     number, codes, seen = 0, 0, ""
     todo: list[Window] = []
@@ -350,5 +350,5 @@ def _duration(row: Mapping[str, Any]) -> Fraction:
 def _too_long(size: tuple[int, int], length: int, settings: TokenizeSettings) -> str:
     return (
         f"{size[1]}x{size[0]} pixels make {length} tokens, over max_tokens "
-        f"{settings.max_tokens}: lower --area or raise --max-tokens"
+        f"{settings.max_tokens}: lower --area, or raise --set max_tokens=…"
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from unimodal.cli.app import main
+
 HEAVY = ["torch", "numpy", "pydantic", "webdataset", "pyarrow", "ray", "av", "cv2", "PIL"]
 
 
@@ -42,17 +44,36 @@ def test_help_names_every_command() -> None:
         (["sample", "x", "a kite", "--size", "12"], 2, "write height x width"),
         (["sample", "x"], 2, "give prompts to draw, or --describe FILE"),
         (["sample", "x", "--describe", "no.png"], 1, "no.png"),
+        (["sample", "x", "--describe", "no.png", "-n", "2"], 2, "--describe takes no"),
+        (["sample", "x", "a kite", "--device", "nonsense"], 2, "device nonsense cannot be used"),
+        (["train-tokenizer", "docs", "--set", "network.ch=20"], 2, "multiples of 32"),
+        (["train-tokenizer", "docs", "--set", "crop=60"], 2, "crop"),
+        (["train-tokenizer", "docs", "--steps", "0"], 2, "steps"),
+        (["train-tokenizer", "docs", "--init", "nowhere"], 2, "nowhere"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_thing(
-    arguments: list[str], code: int | None, says: str
+    arguments: list[str],
+    code: int | None,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = run(*arguments)
-    assert done.returncode in ((code,) if code is not None else (1, 2))
-    assert says in done.stderr
+    monkeypatch.setattr(sys, "argv", ["unimodal", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    assert ended.value.code in ((code,) if code is not None else (1, 2))
+    assert says in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+    assert printed.out == ""
+
+
+def test_a_mistake_ends_the_process_with_its_code_and_no_traceback() -> None:
+    done = run("curate", "no/such/folder")
+    assert done.returncode == 2
+    assert done.stderr.startswith("unimodal: ")
     assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stdout == ""
 
 
 def test_an_empty_pipe_is_one_line() -> None:

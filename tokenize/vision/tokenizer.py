@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,9 +34,8 @@ _ALIASES = {  # names in transformers' config.json
 class VisionTokenizer:
     """A frozen tokenizer, always in float32: a rounded latent is another code."""
 
-    def __init__(self, model: MoVQ, directory: Path | None = None) -> None:
+    def __init__(self, model: MoVQ) -> None:
         self.model = model.float().eval().requires_grad_(False)
-        self.directory = directory
         self.digest = _digest(model)
 
     @classmethod
@@ -54,12 +54,15 @@ class VisionTokenizer:
             raise UnimodalError(f"{directory}: no *.safetensors with the tokenizer's weights")
         state: dict[str, Tensor] = {}
         for file in files:
-            state |= load_file(file)
+            try:
+                state |= load_file(file)
+            except (OSError, SafetensorError) as error:
+                raise UnimodalError(f"{file} cannot be read ({error}): copy it again") from error
         if is_transformers(state):
             state = from_transformers(state)
         _check(directory, model, state)
         model.load_state_dict(state)
-        return cls(model.to(device), directory)
+        return cls(model.to(device))
 
     @property
     def codebook_size(self) -> int:
@@ -131,6 +134,8 @@ def _read_config(path: Path) -> MoVQConfig:
         raw: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UnimodalError(f"{path}: not a tokenizer configuration: {error}") from error
+    if not isinstance(raw, dict):
+        raise UnimodalError(f"{path}: not a tokenizer configuration: no JSON object")
     raw = raw.get("vq_config", raw)  # a multimodal checkpoint of transformers
     named = {_ALIASES.get(key, key): value for key, value in raw.items()}
     known = MoVQConfig.__dataclass_fields__

@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.settings import Settings
@@ -35,7 +36,7 @@ from unimodal.tokenize.vision.init import start_from_colour
 from unimodal.tokenize.vision.losses import sharpness
 from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
 from unimodal.tokenize.vision.pixels import to_pixels, to_uint8
-from unimodal.tokenize.vision.tokenizer import save_config
+from unimodal.tokenize.vision.tokenizer import VisionTokenizer, save_config
 
 REVIVE_EVERY = 50  # steps between two looks for dead codes
 WEIGHT_DECAY = 1e-4
@@ -45,45 +46,45 @@ DEAD = 0.02  # expected uses a step under which a code counts as dead
 class Network(Settings):
     """Shape of the network (see `MoVQConfig`)."""
 
-    codebook_size: int = 4096
+    codebook_size: int = Field(default=4096, ge=2)
     ch: int = 32
     ch_mult: tuple[int, ...] = (1, 1, 2, 4)
-    num_res_blocks: int = 1
+    num_res_blocks: int = Field(default=1, ge=1)
 
 
 class TokenizerSettings(Settings):
     """Settings of `unimodal train-tokenizer`."""
 
     network: Network = Network()
-    steps: int = 4000
-    batch: int = 16
+    steps: int = Field(default=4000, ge=1)
+    batch: int = Field(default=16, ge=1)
     """Crops of a step; a step of clips takes a quarter of it, of four frames each."""
-    crop: int = 64
+    crop: int = Field(default=64, ge=16, multiple_of=8)
     """Pixels; side of a training crop, a multiple of 8."""
-    clip_share: float = 0.15
+    clip_share: float = Field(default=0.15, ge=0, le=1)
     """Share of the steps that see clips instead of pictures, where there are clips."""
-    lr: float = 1e-3
+    lr: float = Field(default=2e-3, gt=0)
     min_lr: float = 2e-5
-    lr_warmup: int = 100
+    lr_warmup: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises."""
-    warmup: int = 300
+    warmup: int = Field(default=100, ge=0)
     """Steps without a codebook."""
     grad_clip: float = 1.0
-    sharpness: float = 0.05
+    sharpness: float = Field(default=0.3, ge=0)
     """Weight of the local gradient term, against 1 for L2."""
-    commitment: float = 0.05
+    commitment: float = Field(default=0.05, ge=0)
     """Weight of the squared distance of latents from their codes."""
     codebook_decay: float = 0.99
-    short_side: int = 512
+    short_side: int = Field(default=512, ge=64)
     """Pixels; larger pictures are reduced to it when they are read (clips to half of it)."""
-    fps: float = 12.0
+    fps: float = Field(default=12.0, gt=0)
     """Frames per second of training clips."""
-    val_fraction: float = 0.05
+    val_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of the sources, by a hash of their name, that training never sees."""
-    memory_gib: float = 6.0
+    memory_gib: float = Field(default=6.0, gt=0)
     """Decoded pictures held in memory at most."""
     seed: int = 0
-    save_every: int = 250
+    save_every: int = Field(default=250, ge=1)
     """Steps between two saves, each with a measurement on held-out pictures and a grid."""
     bf16: bool = True
     """Run the 2-D trunk in bfloat16 while training (the latents and the codebook stay float32)."""
@@ -105,12 +106,13 @@ def train_tokenizer(
     """
     progress = progress or Progress()
     torch.manual_seed(settings.seed)
-    cfg = MoVQConfig(
-        codebook_size=settings.network.codebook_size,
-        ch=settings.network.ch,
-        ch_mult=settings.network.ch_mult,
-        num_res_blocks=settings.network.num_res_blocks,
-    )
+    try:
+        cfg = MoVQConfig(**settings.network.model_dump(), attn_resolutions=_lowest(settings))
+    except ValueError as error:
+        raise UsageError(f"setting network: {error}") from error
+    if settings.crop % cfg.spatial_factor:
+        raise UsageError(f"setting crop = {settings.crop}: a multiple of {cfg.spatial_factor}")
+    inherited = None if init is None else _inherited(init, cfg)
     model = MoVQ(cfg)
     start_from_colour(model)
     spans = banks.list_spans(inputs)
@@ -129,10 +131,13 @@ def train_tokenizer(
     out.mkdir(parents=True, exist_ok=True)
     start = _resume(out, settings, model, optimizer, book, device)
     warmup = settings.warmup
-    if init is not None:
+    if (out / "inherited").exists():
+        warmup = 0
+    elif inherited is not None:
         warmup = 0
         if start == 0:
-            model.load_state_dict(load_file(init / "model.safetensors", device=device))
+            (out / "inherited").touch()  # a resumed training needs no warm-up either
+            model.load_state_dict(inherited)
             book.adopt()
 
     progress.note(
@@ -148,7 +153,8 @@ def train_tokenizer(
         rng = np.random.default_rng([settings.seed, step])
         pixels = to_pixels(_batch(data, rng, settings)).to(device)
         if step == warmup and step > 0:
-            book.start([model.latents(p) for p in _sample(data, settings, device)])
+            with torch.no_grad():
+                book.start([model.latents(p) for p in _sample(data, settings, device)])
         values = _step(model, book, pixels, settings, quantized=step >= warmup)
         loss = values["loss"]
         if not torch.isfinite(loss):
@@ -178,6 +184,21 @@ def train_tokenizer(
             _save(out, settings, model, optimizer, book, done)
     progress.end("steps")
     return out
+
+
+def _lowest(settings: TokenizerSettings) -> tuple[int, ...]:
+    """Attention at the lowest resolution alone, as released."""
+    return (len(settings.network.ch_mult) - 1,)
+
+
+def _inherited(init: Path, cfg: MoVQConfig) -> dict[str, Tensor]:
+    """Weights to start from; raises `UsageError` if their network has another shape."""
+    model = VisionTokenizer.load(init).model
+    if model.cfg != cfg:
+        theirs, ours = model.cfg.to_dict(), cfg.to_dict()
+        other = ", ".join(f"{k} {theirs[k]}, not {ours[k]}" for k in ours if ours[k] != theirs[k])
+        raise UsageError(f"{init}: is of another shape ({other}); set network.… to its values")
+    return model.state_dict()
 
 
 def _step(
@@ -348,8 +369,7 @@ def _sample(data: banks.Bank, settings: TokenizerSettings, device: str) -> Itera
     latents = settings.batch * (settings.crop // 8) ** 2
     for i in range(math.ceil(16 * settings.network.codebook_size / latents)):
         rng = np.random.default_rng([settings.seed, 1 << 30, i])
-        with torch.no_grad():
-            yield to_pixels(_batch(data, rng, settings)).to(device)
+        yield to_pixels(_batch(data, rng, settings)).to(device)
 
 
 def _rate(step: int, settings: TokenizerSettings) -> float:

@@ -54,8 +54,8 @@ def write(story: Story, runs: dict[str, Path]) -> Path:
         f"{story.figures['held-in prompts drawn']} prompts.</p>",
         _pairs(story.drawn),
         "<h2>Sample: names that were never seen</h2>",
-        "<p class=note>A model of this size learns by heart; what it makes of a new name shows "
-        "which words it knows.</p>",
+        "<p class=note>A model this small learns by heart: a new name gives no more than "
+        "colours and textures.</p>",
         _pictures(story.new),
         "<h2>Describe</h2>",
         _described(story.described),

@@ -141,7 +141,7 @@ def test_a_picture_over_max_tokens_is_named_with_the_remedy() -> None:
 
 
 def test_settings_without_a_single_latent_frame_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="raise --seconds or --fps"):
+    with pytest.raises(UsageError, match="raise --fps, or --set seconds"):
         list(units(clips(tmp_path, [image()]), TokenizeSettings(fps=2, seconds=1), VOCABULARY))
 
 

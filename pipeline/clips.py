@@ -22,12 +22,21 @@ from unimodal.pipeline.files import atomic
 
 Kind = Literal["image", "video"]
 
-KEYFRAME = pa.struct(
+SAMPLE = pa.struct(
     [
         pa.field("member", pa.string()),  # name in the part's frames tar
-        pa.field("time_s", pa.float64()),  # null for an image
-        pa.field("scoring", pa.bool_()),  # one of the (at most) 3 that scorers read
+        pa.field("time_s", pa.float64()),  # from the source's first frame; null for an image
+        pa.field("keyframe", pa.bool_()),  # one of the (at most) 12 that captioners see
+        pa.field("scoring", pa.bool_()),  # one of the (at most) 3 keyframes that scorers see
         pa.field("hash", pa.uint64()),  # 64-bit perceptual hash
+    ]
+)
+
+EVIDENCE = pa.struct(
+    [
+        pa.field("detector", pa.string()),  # adaptive | content | fade | dissolve
+        pa.field("score", pa.float64()),  # what the detector measured at the cut, in its own unit
+        pa.field("threshold", pa.float64()),
     ]
 )
 
@@ -60,6 +69,8 @@ SPAN = pa.schema(
         pa.field("time_base", pa.string()),  # "1/12800"
         pa.field("starts_at", pa.string()),  # why it starts there: source | cut | split
         pa.field("ends_at", pa.string()),
+        pa.field("start_cut", EVIDENCE),  # why the cut was seen; null where it is no cut
+        pa.field("end_cut", EVIDENCE),
         # As shown: rotation metadata, EXIF orientation and pixel aspect are applied.
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
@@ -91,13 +102,45 @@ SCORES = pa.schema(
     ]
 )
 
-WATCH = pa.schema([*SPAN, *SCORES, pa.field("keyframes", pa.list_(KEYFRAME))])
+WATCH = pa.schema([*SPAN, *SCORES, pa.field("samples", pa.list_(SAMPLE))])
 """What the watch stage writes for a part."""
+
+TEXT = pa.schema(
+    [
+        # Area that text boxes cover, as a share of the picture, over the samples of a clip.
+        pa.field("text_area_mean", pa.float64()),
+        pa.field("text_area_p90", pa.float64()),
+        pa.field("text_track_s", pa.float64()),  # longest time that one box stands still
+        pa.field("text_corner", pa.float64()),  # share of samples with a mark in one same corner
+    ]
+)
+
+QUALITY = pa.schema([pa.field("quality", pa.float64())])  # technical, 0 (wrecked) to 1 (pristine)
+
+EMBED = pa.schema(
+    [
+        pa.field("aesthetic", pa.float64()),  # LAION's scale of 1 to 10; a video's worst sample
+        pa.field("embedding", pa.list_(pa.float32())),  # unit length, mean of the samples
+    ]
+)
+
+NSFW = pa.schema([pa.field("nsfw", pa.float64())])  # probability, a video's worst sample
+
+MATCH = pa.schema([pa.field("text_match", pa.float64())])  # CLIP cosine of first caption
+
+DEDUP = pa.schema(
+    [
+        pa.field("dup_group", pa.string()),  # uid of the group's best; null where nothing is near
+        pa.field("dup_rank", pa.int32()),  # 0 for the best of the group
+    ]
+)
 
 CLIPS = pa.schema(
     [
         pa.field("part", pa.string(), nullable=False),
         *WATCH,
+        *(field for field in (*TEXT, *QUALITY, *EMBED, *NSFW, *MATCH) if field.name != "embedding"),
+        *DEDUP,
         pa.field("aliases", pa.list_(pa.string())),  # other paths with the same bytes
         pa.field("captions", pa.list_(CAPTION)),  # by precedence: the first is the one to use
         pa.field("meta", pa.map_(pa.string(), pa.string())),  # columns that came along

@@ -70,6 +70,10 @@ def write_view(
         progress.note(f"… and {len(refused) - 20} more, see {quarantine}")
     mark = {"unimodal.made_of": made_of}
     write_parquet(table(refused, QUARANTINE), quarantine, mark)
+    for name in CLIPS.names:
+        if name not in clips.column_names:  # its stage was not asked for
+            kind = CLIPS.field(name).type
+            clips = clips.append_column(name, pa.nulls(clips.num_rows, kind))
     write_parquet(clips.select(CLIPS.names).cast(CLIPS), view, mark)
     return folders
 

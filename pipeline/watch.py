@@ -1,6 +1,6 @@
 """The watch stage: every source of a part is decoded once, and all that can be seen is noted.
 
-Columns of `clips.WATCH`, one row per clip; keyframes go to the part's frames tar. A source that
+Columns of `clips.WATCH`, one row per clip; sampled frames go to the part's frames tar. A source that
 cannot be read becomes a quarantine row; the rest of the part is done.
 """
 
@@ -30,7 +30,7 @@ from unimodal.pipeline.observers.light import Flicker, Light, LightSettings
 from unimodal.pipeline.settings import Settings
 from unimodal.pipeline.stage import PartFiles
 
-VERSION = 1
+VERSION = 2
 
 
 class WatchSettings(Settings):
@@ -58,7 +58,7 @@ class Tell:
 @dataclass(frozen=True)
 class _Clip:
     row: dict[str, Any]
-    pictures: list[tuple[Picture, bool]]
+    pictures: list[Picture]
 
 
 def watch_part(
@@ -149,7 +149,7 @@ def _image(
         "codec": found.codec,
         **{name: measured[name] for name in ("luma_mean", "contrast", "blur", "colorfulness")},
     }
-    return _with_keyframes(row, keyframes.choose(0, 1))
+    return _with_samples(row, keyframes.choose(0, 1))
 
 
 def _video(
@@ -196,36 +196,38 @@ def _video(
             **flicker.columns(start, end),
             **light.columns(start, end),
         }
-        clips.append(_with_keyframes(row, keyframes.choose(start, end)))
+        clips.append(_with_samples(row, keyframes.choose(start, end)))
     return clips
 
 
-def _with_keyframes(row: dict[str, Any], pictures: list[tuple[Picture, bool]]) -> _Clip:
-    row["keyframes"] = [
+def _with_samples(row: dict[str, Any], samples: list[tuple[Picture, bool, bool]]) -> _Clip:
+    row["samples"] = [
         {
-            "member": f"{row['uid']}.{number:02d}.jpg",
+            "member": f"{row['uid']}.{number:05d}.jpg",
             "time_s": None if row["kind"] == "image" else picture.seconds,
+            "keyframe": keyframe,
             "scoring": scoring,
             "hash": picture.hash,
         }
-        for number, (picture, scoring) in enumerate(pictures)
+        for number, (picture, keyframe, scoring) in enumerate(samples)
     ]
-    return _Clip(row, pictures)
+    return _Clip(row, [picture for picture, _, _ in samples])
 
 
 def _write_frames(clips: Sequence[_Clip], spool: IO[bytes], path: Path) -> None:
-    """A WebDataset tar, a sample per clip: {uid}.00.jpg … {uid}.json, sorted, without times."""
+    """A WebDataset tar, a sample per clip: {uid}.00000.jpg … {uid}.json, sorted, without times."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for clip in sorted(clips, key=lambda clip: clip.row["uid"]):
-            keyframes = clip.row["keyframes"]
-            for (picture, _), keyframe in zip(clip.pictures, keyframes, strict=True):
+            samples = clip.row["samples"]
+            for picture, sample in zip(clip.pictures, samples, strict=True):
                 spool.seek(picture.offset)
-                _add(tar, keyframe["member"], spool.read(picture.size))
+                _add(tar, sample["member"], spool.read(picture.size))
             note = {
                 "uid": clip.row["uid"],
                 "kind": clip.row["kind"],
-                "times_s": [keyframe["time_s"] for keyframe in keyframes],
-                "scoring": [i for i, keyframe in enumerate(keyframes) if keyframe["scoring"]],
+                "times_s": [sample["time_s"] for sample in samples],
+                "keyframes": [i for i, sample in enumerate(samples) if sample["keyframe"]],
+                "scoring": [i for i, sample in enumerate(samples) if sample["scoring"]],
             }
             _add(tar, f"{clip.row['uid']}.json", json.dumps(note, sort_keys=True).encode())
 

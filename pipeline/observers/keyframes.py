@@ -1,7 +1,7 @@
 """Small pictures of every clip, so that no later stage opens the video again.
 
-Which frames a clip needs is known only when its end is known. So candidates are compressed as
-they go by and spooled to a file on disk; memory holds their times and places alone.
+Where clips begin and end is known only when all frames have gone by. So samples are compressed
+as they go by and spooled to a file on disk; memory holds their times and places alone.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class KeyframeSettings(Settings):
     """The pictures that later stages read."""
 
     fps: float = 2.0
-    """Candidates per second."""
+    """Samples per second; all of them are kept, as text is looked for in each."""
     short_side: int = 448
     """Pixels; smaller sources are not enlarged."""
     count: int = 12
-    """Pictures per clip at most, evenly spaced; captioners see these."""
+    """Keyframes: samples of a clip at most, evenly spaced, that captioners see."""
     scoring: int = 3
-    """How many of them scorers look at."""
+    """How many of the keyframes scorers look at."""
     quality: int = 90
     """JPEG quality."""
 
@@ -44,7 +44,7 @@ class Picture:
 
 
 class Keyframes:
-    """Observer that compresses candidates into `spool`, a file opened for reading and writing."""
+    """Observer that compresses samples into `spool`, a file opened for reading and writing."""
 
     def __init__(self, settings: KeyframeSettings, spool: IO[bytes]) -> None:
         self.fps = settings.fps
@@ -55,7 +55,7 @@ class Keyframes:
         self._pictures: list[Picture] = []
 
     def see(self, index: int, pts: int, seconds: float, images: Sequence[np.ndarray]) -> None:
-        """Spool one candidate, BGR uint8 [H, W, 3]."""
+        """Spool one sample, BGR uint8 [H, W, 3]."""
         import cv2
 
         quality = [cv2.IMWRITE_JPEG_QUALITY, self._settings.quality]
@@ -67,12 +67,13 @@ class Keyframes:
         self._pts.append(pts)
         self._pictures.append(Picture(pts, seconds, offset, len(data), perceptual_hash(images[0])))
 
-    def choose(self, start_pts: int, end_pts: int) -> list[tuple[Picture, bool]]:
-        """The span's pictures, evenly spaced over its candidates, and which ones scorers read."""
+    def choose(self, start_pts: int, end_pts: int) -> list[tuple[Picture, bool, bool]]:
+        """The span's samples: (picture, is it a keyframe, do scorers look at it)."""
         inside = self._pictures[within(self._pts, start_pts, end_pts)]
-        chosen = [inside[i] for i in even(len(inside), self._settings.count)]
-        scoring = set(even(len(chosen), self._settings.scoring))
-        return [(picture, i in scoring) for i, picture in enumerate(chosen)]
+        chosen = even(len(inside), self._settings.count)
+        scoring = {chosen[i] for i in even(len(chosen), self._settings.scoring)}
+        keyframes = set(chosen)
+        return [(picture, i in keyframes, i in scoring) for i, picture in enumerate(inside)]
 
 
 def even(total: int, wanted: int) -> list[int]:

@@ -30,7 +30,7 @@ def test_equal_tables_give_equal_bytes(tmp_path: Path) -> None:
         write_parquet(table([row], WATCH), tmp_path / f"{name}.parquet", {"made_of": "x"})
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
     read = pq.read_table(tmp_path / "one.parquet", schema=WATCH).to_pylist()[0]
-    assert read["width"] == 3 and read["duration_s"] is None and read["keyframes"] is None
+    assert read["width"] == 3 and read["duration_s"] is None and read["samples"] is None
 
 
 def test_the_view_has_every_column_of_the_design() -> None:

@@ -23,8 +23,10 @@ from PIL import Image
 from unimodal.pipeline import media
 from unimodal.pipeline.clips import WATCH
 from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.frames import read_clips
 from unimodal.pipeline.inputs import list_sources
 from unimodal.pipeline.observers.cut import CutSettings
+from unimodal.pipeline.observers.keyframes import perceptual_hash
 from unimodal.pipeline.stage import PartFiles
 from unimodal.pipeline.watch import Tell, WatchSettings, watch_part
 
@@ -68,16 +70,16 @@ def test_keyframes_are_a_dataset_that_webdataset_reads(tmp_path: Path, bikes: Pa
     for row in rows:
         sample = samples[row["uid"]]
         note = json.loads(sample["json"])
-        assert note["times_s"] == [k["time_s"] for k in row["keyframes"]]
-        assert sum(k["scoring"] for k in row["keyframes"]) == min(3, len(row["keyframes"]))
-        for keyframe in row["keyframes"]:
+        assert note["times_s"] == [k["time_s"] for k in row["samples"]]
+        assert sum(k["scoring"] for k in row["samples"]) == min(3, len(row["samples"]))
+        for keyframe in row["samples"]:
             field = keyframe["member"].split(".", 1)[1]
             picture = np.asarray(Image.open(io.BytesIO(sample[field])))
             assert picture.shape == (272, 640, 3)
             assert row["start_s"] <= keyframe["time_s"] < row["end_s"]
     # The JPEG is the frame of that time, not a neighbor of it.
-    row = max(rows, key=lambda row: len(row["keyframes"]))
-    keyframe = row["keyframes"][-1]
+    row = max(rows, key=lambda row: len(row["samples"]))
+    keyframe = row["samples"][-1]
     pts = round(keyframe["time_s"] * 12800)
     _, frame = next(media.iter_frames(bikes, pts, pts + 1))
     sample = samples[row["uid"]][keyframe["member"].split(".", 1)[1]]
@@ -96,7 +98,7 @@ def test_an_image_is_a_clip_without_video_columns(tmp_path: Path, photos: Path) 
     nulls += ("flow_mean", "freeze_ratio", "flash_ratio", "black_ratio", "crop_x0", "starts_at")
     assert all(row[name] is None for name in nulls)
     assert 50 < row["luma_mean"] < 200 and row["blur"] > 100 and row["colorfulness"] > 10
-    assert len(row["keyframes"]) == 1 and row["keyframes"][0]["scoring"]
+    assert len(row["samples"]) == 1 and row["samples"][0]["scoring"]
 
 
 def test_tiny_transparent_pictures_are_ordinary(tmp_path: Path, emoji: list[Path]) -> None:
@@ -209,3 +211,14 @@ def test_memory_does_not_grow_with_length(
         for path in (short, long)
     ]
     assert peaks[1] <= 1.1 * peaks[0], peaks
+
+
+def test_stored_clips_are_read_back_with_their_pictures(tmp_path: Path, bikes: Path) -> None:
+    rows, _, files = _watch(tmp_path, bikes)
+    clips = list(read_clips(files.folder, files.part))
+    assert [clip.row["uid"] for clip in clips] == sorted(row["uid"] for row in rows)
+    for clip in clips:
+        assert [s.time_s for s in clip.samples] == [s["time_s"] for s in clip.row["samples"]]
+        # Compression moves few of a hash's 64 bits; another picture's would differ in about 32.
+        for sample in clip.samples:
+            assert (sample.hash ^ perceptual_hash(sample.bgr())).bit_count() <= 6

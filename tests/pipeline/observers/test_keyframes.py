@@ -32,8 +32,11 @@ def test_a_span_gets_its_own_pictures_three_of_them_for_scorers() -> None:
             image = np.full((8, 8, 3), i * 2, np.uint8)
             keyframes.see(i, i * 10, i / 2, [image])
         chosen = keyframes.choose(200, 600)  # samples 20 to 59
-        assert len(chosen) == 12 and sum(scoring for _, scoring in chosen) == 3
-        assert all(200 <= picture.pts < 600 for picture, _ in chosen)
+        assert len(chosen) == 40  # text is looked for in every sample
+        assert sum(keyframe for _, keyframe, _ in chosen) == 12
+        assert sum(keyframe and scoring for _, keyframe, scoring in chosen) == 3
+        assert sum(scoring for _, _, scoring in chosen) == 3
+        assert all(200 <= picture.pts < 600 for picture, _, _ in chosen)
         picture = chosen[0][0]
         spool.seek(picture.offset)
         read = cv2.imdecode(np.frombuffer(spool.read(picture.size), np.uint8), cv2.IMREAD_COLOR)

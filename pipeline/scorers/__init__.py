@@ -1,0 +1,1 @@
+"""What is measured on the stored pictures of a clip, one module a score."""

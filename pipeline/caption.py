@@ -4,19 +4,21 @@ Precedence, first to last; the first caption of a clip is the one to use, the ot
 alternatives, and a text that repeats an earlier one is left out:
 
 1. given    the `captions` mapping or table of the call
-2. json     {"caption": "…"}, or "text", or "captions": ["…", {"text", "style", "lang", "start_s",
+2. inputs   what tables and tars among the inputs say of their own media, in the order of the inputs
+3. json     {"caption": "…"}, or "text", or "captions": ["…", {"text", "style", "lang", "start_s",
             "end_s"}]
-3. txt      the whole file is one caption
-4. vtt      cues of a video; a clip takes the cues that lie more than half inside it, joined
+4. txt      the whole file is one caption
+5. vtt      cues of a video; a clip takes the cues that lie more than half inside it, joined
 
-For `cat.png` the sidecar is `cat.png.txt`, else `cat.txt`. Copies of a picture bring their own
-sidecars along. A caption without times speaks of the whole source and goes to each of its clips;
+For `cat.png` the sidecar is `cat.png.txt`, else `cat.txt`, on disk and in a bucket; in a tar, the
+members of the same key, which count as inputs. Copies of a picture bring their own sidecars
+along. Columns that ride along (`meta`) follow the same order, each by its name. A caption without
+times speaks of the whole source and goes to each of its clips;
 one with times goes to the clips that hold more than half of it, with times from the clip's start.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -26,11 +28,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline import fetch, remote, tables, tars
+from unimodal.pipeline.errors import MediaError
 from unimodal.pipeline.settings import Settings
 
 VERSION = 1
-LARGEST = 1 << 20  # bytes of a sidecar; a megabyte of caption is a mistake
+LARGEST = tars.LARGEST_TEXT  # bytes of a sidecar
+
+NOT_META = frozenset({"caption", "text", "captions", "style", "lang", "start_s", "end_s"})
 
 
 class CaptionSettings(Settings):
@@ -53,58 +58,76 @@ class Caption:
 
 @dataclass
 class Given:
-    """Captions and other columns that came with the call, by absolute path."""
+    """Captions and other columns that came with the call or the inputs, by uri."""
 
     captions: dict[str, list[Caption]] = field(default_factory=dict)
     meta: dict[str, dict[str, str]] = field(default_factory=dict)
+    sick: dict[str, str] = field(default_factory=dict)  # members of tars that cannot be read: why
 
     def digest(self) -> str:
         """Hash of everything in it."""
         rows = [[path, [vars(c) for c in found]] for path, found in sorted(self.captions.items())]
-        return hashlib.sha256(json.dumps([rows, sorted(self.meta.items())]).encode()).hexdigest()
+        others = [sorted(self.meta.items()), sorted(self.sick.items())]
+        return hashlib.sha256(json.dumps([rows, others]).encode()).hexdigest()
+
+    def add(
+        self, uri: str, captions: Iterable[Caption] = (), meta: Mapping[str, str] | None = None
+    ) -> None:
+        """Add what is known of a source; what is there already comes first."""
+        if captions := list(captions):
+            self.captions.setdefault(uri, []).extend(captions)
+        if meta:
+            self.meta[uri] = {**meta, **self.meta.get(uri, {})}
+
+    def over(self, other: Given) -> Given:
+        """Both: this one's captions come first, and its columns count where both have one."""
+        both = Given({uri: list(said) for uri, said in self.captions.items()}, dict(self.meta))
+        for uri in {**other.captions, **other.meta}:
+            both.add(uri, other.captions.get(uri, ()), other.meta.get(uri))
+        both.sick = {**other.sick, **self.sick}
+        return both
 
 
 def read_given(captions: Mapping[str, Any] | str | Path | None) -> Given:
-    """Captions of a mapping {path: text or list of texts}, or of a .jsonl or .csv file.
+    """Captions of a mapping {path: text or list of texts}, or of a table as in `tables`.
 
-    A file has the columns `path` and `caption` (and, if it likes, `style` and `lang`); relative
-    paths are relative to it; other columns become `meta`. Raises `UsageError`.
+    A table has a column of paths and one of captions (and, if it likes, `style` and `lang`);
+    its other columns become `meta`. Raises `UsageError`.
     """
     given = Given()
     if captions is None:
         return given
     if isinstance(captions, Mapping):
         for path, texts in captions.items():
-            for text in [texts] if isinstance(texts, str) else texts:
-                _add(given, _absolute(str(path), None), str(text), {})
+            found = [texts] if isinstance(texts, str) else texts
+            said = [Caption(tables.clean(str(text).strip()), "given") for text in found]
+            given.add(tables.absolute(str(path), None), [c for c in said if c.text])
         return given
     table = Path(captions)
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file) if table.suffix == ".csv" else map(json.loads, file))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"captions {table}: cannot be read ({error})") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or "path" not in row or "caption" not in row:
-            raise UsageError(f"captions {table}, row {number}: needs the columns path and caption")
-        path = _absolute(str(row.pop("path")), table.parent)
-        texts = row.pop("caption")
-        for text in [texts] if isinstance(texts, str) else texts or []:
-            _add(given, path, str(text), row)
+    for row in tables.read_rows(table, captions=True):
+        given.add(tables.absolute(row.path, str(table.parent)), from_row(row), row.meta)
     return given
+
+
+def from_row(row: tables.Row) -> list[Caption]:
+    """Captions of a table's row."""
+    return [Caption(text, row.style or "given", row.lang) for text in row.texts]
 
 
 def find_sidecars(
     uris: Iterable[str], kinds: Sequence[str]
-) -> dict[str, list[tuple[str, int, int]]]:
-    """Sidecar files of each source as (path, size, mtime_ns), by precedence.
+) -> dict[str, list[tuple[str, int, int | str]]]:
+    """Sidecar files of each source as (uri, size, mtime_ns or etag), by precedence.
 
-    Each folder is listed once, however many sources it holds.
+    Each folder is listed once, however many sources it holds; one in a bucket too. Members of
+    tars have none: what lies beside them came with the listing.
     """
-    folders: dict[str, dict[str, tuple[str, int, int]]] = {}
-    found: dict[str, list[tuple[str, int, int]]] = {}
+    folders: dict[str, dict[str, tuple[str, int, int | str]]] = {}
+    found: dict[str, list[tuple[str, int, int | str]]] = {}
     endings = tuple(f".{kind}" for kind in kinds)
     for uri in uris:
+        if not endings or tars.split(uri) is not None:
+            continue
         folder, name = os.path.split(uri)
         if folder not in folders:
             folders[folder] = _text_files(folder, endings)
@@ -121,17 +144,36 @@ def find_sidecars(
     return found
 
 
-def read_sidecar(path: Path) -> list[Caption]:
+def read_sidecar(uri: str | Path) -> list[Caption]:
     """Captions of one sidecar file; raises `ValueError` with what is wrong with it."""
-    if path.stat().st_size > LARGEST:
+    try:
+        with fetch.local(str(uri), max_bytes=LARGEST) as path, path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+    except MediaError as error:
+        raise ValueError(error.reason) from error
+    return read_text(os.path.splitext(uri)[1].lower(), data)[0]  # noqa: PTH122
+
+
+def read_text(kind: str, data: bytes) -> tuple[list[Caption], dict[str, str]]:
+    """Captions of a sidecar of this suffix, and what else a JSON object says, as text.
+
+    Raises `ValueError` with what is wrong with it.
+    """
+    if len(data) > LARGEST:
         raise ValueError(f"larger than {LARGEST} bytes")
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    kind = path.suffix.lower()
+    text = data.decode("utf-8-sig", errors="replace")
     if kind == ".json":
-        return _from_json(json.loads(text))
+        try:
+            value = json.loads(text)
+            captions = _from_json(value)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        others = value.items() if isinstance(value, dict) else ()
+        found = {tables.clean(key): tables.as_text(v) for key, v in others if key not in NOT_META}
+        return captions, {key: text for key, text in found.items() if text}
     if kind == ".vtt":
-        return _from_vtt(text)
-    return [Caption(text.strip())] if text.strip() else []
+        return _from_vtt(text), {}
+    return [Caption(text.strip())] if text.strip() else [], {}
 
 
 def for_clip(
@@ -166,7 +208,7 @@ def for_clip(
 
 def _from_json(value: Any) -> list[Caption]:
     if isinstance(value, str):
-        return [Caption(value.strip())] if value.strip() else []
+        return [Caption(tables.clean(value.strip()))] if value.strip() else []
     if isinstance(value, list):
         return [caption for item in value for caption in _from_json(item)]
     if not isinstance(value, dict):
@@ -180,9 +222,9 @@ def _from_json(value: Any) -> list[Caption]:
             style, lang = value.get("style"), value.get("lang")
             found.append(
                 Caption(
-                    inner.strip(),
-                    str(style) if style else "sidecar",
-                    str(lang) if lang else None,
+                    tables.clean(inner.strip()),
+                    (tables.as_text(style) if style else None) or "sidecar",
+                    tables.as_text(lang) if lang else None,
                     start,
                     end,
                 )
@@ -214,8 +256,14 @@ def _from_vtt(text: str) -> list[Caption]:
     return cues
 
 
-def _text_files(folder: str, endings: tuple[str, ...]) -> dict[str, tuple[str, int, int]]:
-    files: dict[str, tuple[str, int, int]] = {}
+def _text_files(folder: str, endings: tuple[str, ...]) -> dict[str, tuple[str, int, int | str]]:
+    files: dict[str, tuple[str, int, int | str]] = {}
+    if remote.is_remote(folder):
+        for found in remote.folder(folder):
+            if found.uri.endswith(endings):
+                name = found.uri.rpartition("/")[2]
+                files[name] = (found.uri, found.size, found.etag or found.mtime_ns)
+        return files
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -225,19 +273,3 @@ def _text_files(folder: str, endings: tuple[str, ...]) -> dict[str, tuple[str, i
     except OSError:
         pass  # the sources in it are quarantined for the same reason
     return files
-
-
-def _add(given: Given, path: str, text: str, row: Mapping[str, Any]) -> None:
-    style, lang = row.get("style"), row.get("lang")
-    if text.strip():
-        caption = Caption(text.strip(), str(style) if style else "given", lang or None)
-        given.captions.setdefault(path, []).append(caption)
-    meta = {k: str(v) for k, v in row.items() if k not in ("style", "lang") and v is not None}
-    if meta:
-        given.meta[path] = meta
-
-
-def _absolute(path: str, folder: Path | None) -> str:
-    if folder is not None and (folder / path).exists():
-        path = str(folder / path)
-    return os.path.abspath(path)  # noqa: PTH100 - as the listing names sources, links kept

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from unimodal.pipeline import fetch
 from unimodal.pipeline.bounds import DEFAULT_LIMITS, Limits, Probe
 from unimodal.pipeline.errors import MediaError
 from unimodal.pipeline.images import decode_image, is_image, open_pillow, probe_image, to_rgb
@@ -210,25 +211,29 @@ class Scaler:
         return scaled.to_ndarray()
 
 
-def probe(path: Path, limits: Limits = DEFAULT_LIMITS) -> Probe:
-    """What `path` is, from its bytes and headers alone; raises `MediaError` with the reason."""
-    if is_image(path):
-        return probe_image(path, limits)
-    with open_video(path, limits) as video:
-        return video.probe
+def probe(uri: Path | str, limits: Limits = DEFAULT_LIMITS) -> Probe:
+    """What a source is, from its bytes and headers alone; raises `MediaError` with the reason.
+
+    Like all that take a `uri` here: a path, a member of a tar (x.tar#name) or an object (s3://…).
+    """
+    with fetch.local(str(uri), keep=True) as path:
+        if is_image(path):
+            return probe_image(path, limits)
+        with open_video(path, limits) as video:
+            return video.probe
 
 
-def read_image(path: Path | str, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+def read_image(uri: Path | str, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     """A still image as it is shown: uint8 RGB [H, W, 3]; raises `MediaError` with the reason."""
-    path = Path(path)
-    if not is_image(path):
-        raise MediaError("not an image", path)
-    probe_image(path, limits)
-    return decode_image(path)
+    with fetch.local(str(uri), keep=True) as path:
+        if not is_image(path):
+            raise MediaError("not an image", path)
+        probe_image(path, limits)
+        return decode_image(path)
 
 
 def iter_frames(
-    path: Path | str,
+    uri: Path | str,
     start_pts: int | None = None,
     end_pts: int | None = None,
     *,
@@ -240,7 +245,17 @@ def iter_frames(
     One seek to the key frame before the span, then decoding in sequence. `size` is (height,
     width); by default the size at which the video is shown. Raises `MediaError`.
     """
-    path = Path(path)
+    with fetch.local(str(uri), keep=True) as path:
+        yield from _span(path, start_pts, end_pts, size, limits)
+
+
+def _span(
+    path: Path,
+    start_pts: int | None,
+    end_pts: int | None,
+    size: tuple[int, int] | None,
+    limits: Limits,
+) -> Iterator[tuple[int, np.ndarray]]:
     for seek in (start_pts is not None, False):
         with open_video(path, limits) as video:
             shown = (video.probe.width, video.probe.height) if size is None else size[::-1]

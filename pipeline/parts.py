@@ -1,6 +1,7 @@
 """Parts: the unit of work, of resume and of distribution.
 
-A part is a handful of sources, and its name is the hash of them (path, size, modification time).
+A part is a handful of sources, and its name is the hash of them (uri, size, modification time or
+etag).
 A run that is repeated keeps the parts it has; new and changed files go into new ones. So adding a
 video tomorrow costs one part, and finished work is found by name.
 """
@@ -26,6 +27,7 @@ SCHEMA = pa.schema(
         pa.field("uri", pa.string(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
         pa.field("mtime_ns", pa.int64(), nullable=False),
+        pa.field("etag", pa.string()),
         pa.field("sha256", pa.string()),
         pa.field("alias_of", pa.string()),  # the source with the same bytes that is curated
         pa.field("members", pa.int32(), nullable=False),  # sources when the part was made
@@ -117,6 +119,7 @@ def write_parts(parts: Sequence[Part], path: Path) -> None:
                         "uri": item.uri,
                         "size": item.size,
                         "mtime_ns": item.mtime_ns,
+                        "etag": item.etag,
                         "sha256": item.sha256,
                         "alias_of": None if item is source else source.uri,
                         "members": part.members,
@@ -133,7 +136,8 @@ def read_parts(path: Path) -> list[Part]:
     members: dict[str, int] = {}
     rows = pq.read_table(path, schema=SCHEMA).to_pylist()
     for row in rows:
-        source = Source(row["uri"], row["size"], row["mtime_ns"], row["sha256"])
+        size, time, etag = row["size"], row["mtime_ns"], row["etag"]
+        source = Source(row["uri"], size, time, row["sha256"], etag=etag)
         mine = sources.setdefault(row["part"], {})
         members[row["part"]] = row["members"]
         if row["alias_of"] is None:

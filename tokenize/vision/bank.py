@@ -93,7 +93,7 @@ def _from_files(item: str) -> list[Span]:
     spans = []
     for source in list_sources([item]):
         try:
-            found = probe(Path(source.uri))
+            found = probe(source.uri)
         except MediaError:
             continue  # told again, with its reason, by `unimodal curate`
         spans.append(Span(source.uri, found.kind == "video", fps=found.fps))
@@ -153,7 +153,7 @@ def _groups(span: Span, short_side: int, fps: float) -> Iterator[np.ndarray]:
     """Four frames, `1 / fps` apart, from the start of every two seconds of the span."""
     from unimodal.pipeline.media import iter_frames, probe
 
-    shown = probe(Path(span.uri))
+    shown = probe(span.uri)
     size = _target(shown.height, shown.width, short_side // 2)
     rate = span.fps or shown.fps or 25.0
     step = max(1, round(rate / fps))

@@ -3,22 +3,35 @@
 Measuring stages only add columns; nothing is ever deleted. A rule says which clips it speaks of,
 which score it reads and what must hold to keep. What is null (not measured, or no threshold
 set) never drops. DuckDB evaluates the rules over Arrow columns, without access to anything else.
+
+Near-duplicates come last: of a group, the best clip that passes all other rules is kept. So a
+change of threshold can bring a copy back in the place of the original.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import field_validator
 
+from unimodal.pipeline.clips import CLIPS
 from unimodal.pipeline.errors import UsageError
 from unimodal.pipeline.settings import Settings
 
-VERSION = 1
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+VERSION = 2
+
+EXAMPLES = 20
+"""Clips that `what_if` names for each rule."""
 
 
 class DecideSettings(Settings):
@@ -50,6 +63,32 @@ class DecideSettings(Settings):
     """Share of half seconds in which nothing changes."""
     flash_max: float | None = None
     """Share of frames that jump in brightness."""
+    text_area_max: float | None = 0.05
+    """Share of a video's picture that text covers, on average over its samples."""
+    text_area_p90_max: float | None = 0.15
+    """The same in the tenth of samples with the most text: a title that comes and goes."""
+    text_track_max_s: float | None = 1.0
+    """Seconds that one line of text may stand still in a video, as subtitles do."""
+    text_corner_max: float | None = 0.5
+    """Share of a video's samples with a mark in one same corner, as of a TV station."""
+    quality_min: float | None = None
+    """Technical quality, 0 to 1."""
+    image_aesthetic_min: float | None = 5.5
+    """LAION's aesthetic score of an image, 1 to 10. Emu3 keeps 5.5 and more, and rescues some."""
+    rescue_colorfulness: float | None = 15.0
+    """An image below image_aesthetic_min is kept if it is this colorful (15: "slightly", Hasler
+    and Süsstrunk 2003) and has little text; "none" rescues nothing."""
+    rescue_text: float | None = 0.05
+    """Share of the picture that text may cover in an image that is rescued; not measured is no
+    evidence, and does not rescue. "none" rescues nothing."""
+    video_aesthetic_min: float | None = 5.0
+    """Aesthetic score of a video's worst sample of three."""
+    nsfw_max: float | None = 0.5
+    """Probability that something is not safe for work."""
+    match_min: float | None = None
+    """Cosine of CLIP between the first caption and the pictures. NeMo Curator has 0.15."""
+    dedup: bool = True
+    """Drop a clip when a better one of its group of near-duplicates is kept."""
     extra: tuple[str, ...] = ()
     """More rules, as "video: colorfulness > 5", "image: …" or "any: …" over the clip columns."""
 
@@ -68,6 +107,13 @@ class Rule:
     kind: Literal["image", "video", "any"]
     score: str
     keep: str
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the fields of `DecideSettings` that it depends on."""
+        if self.stage in ("extra", "dedup"):
+            return (self.stage,)
+        return tuple(_names(self.keep))
 
 
 RULES = (
@@ -90,16 +136,90 @@ RULES = (
     Rule("light", "any", "blur", "blur >= $blur_min"),
     Rule("light", "video", "freeze_ratio", "freeze_ratio <= $freeze_max"),
     Rule("light", "video", "flash_ratio", "flash_ratio <= $flash_max"),
+    Rule("text", "video", "text_area_mean", "text_area_mean <= $text_area_max"),
+    Rule("text", "video", "text_area_p90", "text_area_p90 <= $text_area_p90_max"),
+    Rule("text", "video", "text_track_s", "text_track_s < $text_track_max_s"),
+    Rule("text", "video", "text_corner", "text_corner <= $text_corner_max"),
+    Rule("quality", "any", "quality", "quality >= $quality_min"),
+    # Emu3 (arXiv 2409.18869, §2.1) takes rejected images back that are neither monochrome nor
+    # full of text, for the sake of the open world's variety.
+    Rule(
+        "embed",
+        "image",
+        "aesthetic",
+        "aesthetic >= $image_aesthetic_min OR coalesce("
+        "colorfulness >= $rescue_colorfulness AND text_area_mean <= $rescue_text, false)",
+    ),
+    Rule("embed", "image", "aesthetic", "aesthetic >= $image_aesthetic_min"),
+    Rule("embed", "video", "aesthetic", "aesthetic >= $video_aesthetic_min"),
+    Rule("nsfw", "any", "nsfw", "nsfw <= $nsfw_max"),
+    Rule("match", "any", "text_match", "text_match >= $match_min"),
 )
+
+DEDUP = Rule("dedup", "any", "dup_rank", "dup_rank <= best_kept_rank")
+"""The last rule; best_kept_rank is the least dup_rank in the group that all others keep."""
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """What the rules say of N clips."""
+
+    rules: tuple[Rule, ...]  # R of them
+    keeps: tuple[str, ...]  # their expressions, with the thresholds filled in
+    speaks: np.ndarray  # bool [R, N]: the rule is about clips of this kind
+    holds: np.ndarray  # int8 [R, N]: 1 keeps, 0 drops, -1 was not measured or not spoken of
+
+
+@dataclass(frozen=True)
+class Toll:
+    """What one rule costs."""
+
+    rule: Rule
+    keep: str  # its expression, with the thresholds filled in
+    spoken: int  # clips of its kind
+    nulls: int  # of them, those whose score was not measured
+    dropped: int
+    alone: int  # of the dropped, those that no other rule drops
+    median: float | None  # of the score of the clips that it speaks of
+
+    @property
+    def judged(self) -> int:
+        """Clips that the rule could judge."""
+        return self.spoken - self.nulls
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Clips whose verdict turns because of one rule."""
+
+    rule: str  # "flow: flow_mean >= 0.003"
+    clips: int
+    examples: tuple[str, ...]  # uids, the smallest `EXAMPLES`
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """What other verdicts would change; a clip counts with each rule that it is dropped by."""
+
+    dropped: int  # clips that were kept
+    dropped_by: tuple[Turn, ...]  # new rules, the most important first
+    kept: int  # clips that were dropped
+    formerly_by: tuple[Turn, ...]  # rules that used to drop them
+    same: int
 
 
 def rules(settings: DecideSettings) -> list[Rule]:
-    """The rules that have a threshold, the user's own at the end; raises `UsageError`."""
+    """The rules that have a threshold, the user's own at the end; raises `UsageError`.
+
+    `DEDUP` is not among them: it looks at more than one clip.
+    """
     active = [
         rule
         for rule in RULES
         if all(getattr(settings, name) is not None for name in _names(rule.keep))
     ]
+    rescues = [rule for rule in active if "rescue_text" in rule.settings]
+    active = [r for r in active if not rescues or r.settings != ("image_aesthetic_min",)]
     for text in settings.extra:
         kind, colon, keep = text.partition(":")
         kind = kind.strip()
@@ -109,50 +229,222 @@ def rules(settings: DecideSettings) -> list[Rule]:
     return active
 
 
+def judge(clips: pa.Table, settings: DecideSettings) -> Judgment:
+    """Hold all active rules against `clips`, which has uid, kind and any columns of `CLIPS`.
+
+    Raises `UsageError` for a rule of the user's that does not evaluate.
+    """
+    with _database(clips) as database:
+        return _judge(clips, settings, database)
+
+
 def decide(clips: pa.Table, settings: DecideSettings) -> pa.Table:
     """Verdicts of `clips`: a table of uid, verdict (keep or drop) and reasons, in the same order.
 
-    A reason is "stage:score:threshold", as in "flow:flow_mean=0.0011:flow_mean >= 0.003".
+    `clips` has uid, kind and any columns of `CLIPS`; a score that it lacks is null. A reason is
+    "stage:score:threshold", as in "flow:flow_mean=0.0011:flow_mean >= 0.003".
     Raises `UsageError` for a rule of the user's that does not evaluate.
     """
+    with _database(clips) as database:
+        judgment = _judge(clips, settings, database)
+        # Text is made for what is dropped alone, a rule at a time.
+        texts, rows = [pa.array([], pa.string())], [np.zeros(0, np.int64)]
+        for rule, keep, holds in zip(judgment.rules, judgment.keeps, judgment.holds, strict=True):
+            dropped = np.flatnonzero(holds == 0)
+            if len(dropped):
+                rows.append(dropped)
+                texts.append(_reasons(rule, keep, dropped, database))
+    row = np.concatenate(rows)
+    order = np.argsort(row, kind="stable")
+    counts = np.bincount(row, minlength=clips.num_rows)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+    reasons = pa.ListArray.from_arrays(offsets, pa.concat_arrays(texts).take(pa.array(order)))
+    verdict = pc.if_else(pa.array(counts > 0), "drop", "keep")
+    uid = clips.column("uid").combine_chunks()
+    return pa.table({"uid": uid, "verdict": verdict, "reasons": reasons})
+
+
+def waterfall(clips: pa.Table, settings: DecideSettings) -> list[Toll]:
+    """What every active rule drops of `clips` (as in `decide`), and what it drops alone."""
+    with _database(clips) as database:
+        judgment = _judge(clips, settings, database)
+        drops = judgment.holds == 0
+        by = drops.sum(axis=0)
+        tolls = []
+        for i, rule in enumerate(judgment.rules):
+            spoken = int(judgment.speaks[i].sum())
+            tolls.append(
+                Toll(
+                    rule=rule,
+                    keep=judgment.keeps[i],
+                    spoken=spoken,
+                    nulls=spoken - int((judgment.holds[i] >= 0).sum()),
+                    dropped=int(drops[i].sum()),
+                    alone=int((drops[i] & (by == 1)).sum()),
+                    median=_median(rule, database),
+                )
+            )
+    return tolls
+
+
+def advice(clips: pa.Table, settings: DecideSettings) -> list[str]:
+    """Sentences about rules that drop over 70 % of the clips they judge, or none at all."""
+    lines, idle = [], []
+    for toll in waterfall(clips, settings):
+        if not toll.judged:
+            continue
+        noun = "clip" if toll.rule.kind == "any" else toll.rule.kind
+        clips_judged = f"{toll.judged:,} {noun}{'s' if toll.judged > 1 else ''}"
+        if toll.dropped > 0.7 * toll.judged:
+            share = 100 * toll.dropped / toll.judged
+            named = _assigned(toll.rule, settings)
+            line = f"{named} drops {share:.0f} % of {clips_judged}"
+            if toll.median is not None:
+                line += f": their median of {toll.rule.score} is {toll.median:.3g}"
+            lines.append(line)
+        elif not toll.dropped and toll.rule != DEDUP:  # no near-duplicates are good news
+            idle.append(f"{_assigned(toll.rule, settings)} (of {clips_judged})")
+    if idle:
+        lines.append(f"no clip is dropped by {', '.join(idle)}")
+    return lines
+
+
+def what_if(old: pa.Table, new: pa.Table) -> WhatIf:
+    """What changes from `old` to `new` verdicts, both as `decide` returns them; joined by uid."""
+    with _database(None) as database:
+        database.register("old", old)
+        database.register("new", new)
+        database.execute(
+            "CREATE TEMP TABLE pairs AS SELECT uid, old.verdict AS was, new.verdict AS becomes, "
+            "old.reasons AS formerly, new.reasons AS now FROM old JOIN new USING (uid)"
+        )
+        same = database.sql("SELECT count(*) FROM pairs WHERE was = becomes").fetchall()[0][0]
+        dropped, dropped_by = _turns("drop", "now", database)
+        kept, formerly_by = _turns("keep", "formerly", database)
+    return WhatIf(dropped, dropped_by, kept, formerly_by, same)
+
+
+def _turns(
+    verdict: str, reasons: str, database: DuckDBPyConnection
+) -> tuple[int, tuple[Turn, ...]]:
+    """How many pairs turn to `verdict`, and the rules that one column of reasons names."""
+    turned = f"FROM pairs WHERE was != becomes AND becomes = '{verdict}'"
+    # A reason is stage:score=value:expression; no score has a colon.
+    found = database.sql(
+        "SELECT regexp_replace(reason, '^([^:]*):[^:]*:(.*)$', '\\1: \\2', 's') AS rule, "
+        f"count(*) AS clips, list(uid ORDER BY uid)[1:{EXAMPLES}] "
+        f"FROM (SELECT uid, unnest({reasons}) AS reason {turned}) "
+        "GROUP BY rule ORDER BY clips DESC, rule"
+    ).fetchall()
+    count = database.sql(f"SELECT count(*) {turned}").fetchall()[0][0]
+    return count, tuple(Turn(rule, clips, tuple(uids)) for rule, clips, uids in found)
+
+
+@contextmanager
+def _database(clips: pa.Table | None) -> Iterator[DuckDBPyConnection]:
+    """A database that holds `clips` with all columns of `CLIPS` and their row, and no way out."""
     import duckdb
 
-    values = {name: getattr(settings, name) for rule in RULES for name in _names(rule.keep)}
-    active = rules(settings)
     # Rules come from settings files, which may come from strangers: no files, no extensions.
-    config: dict[str, Any] = {"enable_external_access": "false", "lock_configuration": "true"}
+    config: dict[str, Any] = {
+        "enable_external_access": "false",
+        "temp_directory": "",
+        "lock_configuration": "true",
+    }
     with duckdb.connect(":memory:", config=config) as database:
-        database.register("clips", clips.append_column("row", pa.array(range(clips.num_rows))))
-        for rule in active:
-            if rule.stage == "extra":
-                try:
-                    database.execute(f"SELECT ({rule.keep})::BOOLEAN FROM clips LIMIT 0")
-                except duckdb.Error as error:
-                    line = str(error).splitlines()[0]
-                    raise UsageError(f'decide.extra "{rule.keep}": {line}') from error
-        reasons = ", ".join(_reason(rule, values) for rule in active) or "NULL"
-        try:
-            found = database.sql(
-                f"SELECT uid, list_filter([{reasons}], lambda r: r IS NOT NULL) AS reasons "
-                "FROM clips ORDER BY row"
-            ).to_arrow_table()
-        except duckdb.Error as error:  # a rule that parses but fails on a row
-            line = str(error).splitlines()[0]
-            raise UsageError(f"a rule of decide.extra cannot be evaluated: {line}") from error
-    why = found.column("reasons").cast(pa.list_(pa.string())).combine_chunks()
-    verdict = ["drop" if reasons else "keep" for reasons in why.to_pylist()]
-    return pa.table({"uid": found.column("uid"), "verdict": verdict, "reasons": why})
+        if clips is not None:
+            for field in CLIPS:
+                if field.name not in clips.column_names:
+                    clips = clips.append_column(field.name, pa.nulls(clips.num_rows, field.type))
+            row = pa.array(np.arange(clips.num_rows))
+            database.register("clips", clips.append_column("row", row))
+        yield database
 
 
-def _reason(rule: Rule, values: dict[str, Any]) -> str:
-    """SQL that is the rule's reason where it drops, and null elsewhere."""
-    keep = re.sub(r"\$(\w+)", lambda m: str(values[m[1]]), rule.keep)
-    speaks = "TRUE" if rule.kind == "any" else f"kind = '{rule.kind}'"
-    score = f"'{rule.score}=' || printf('%.6g', ({rule.score})::DOUBLE)" if rule.score else "''"
-    threshold = keep.replace("'", "''")
-    return (
-        f"CASE WHEN {speaks} AND NOT ({keep}) THEN '{rule.stage}:' || {score} || ':{threshold}' END"
+def _judge(clips: pa.Table, settings: DecideSettings, database: DuckDBPyConnection) -> Judgment:
+    active = rules(settings)
+    keeps = [_filled(rule, settings) for rule in active]
+    kinds = {kind: _flags(pc.equal(clips.column("kind"), kind)) for kind in ("image", "video")}
+    kinds["any"] = np.ones(clips.num_rows, bool)
+    holds = np.full((len(active), clips.num_rows), -1, np.int8)
+    for i, (rule, keep) in enumerate(zip(active, keeps, strict=True)):
+        holds[i] = _values(f"coalesce(({keep})::BOOLEAN::TINYINT, -1)", rule, database)
+        holds[i, ~kinds[rule.kind]] = -1
+    if settings.dedup and clips.num_rows and "dup_group" in clips.column_names:
+        active.append(DEDUP)
+        keeps.append(DEDUP.keep)
+        holds = np.vstack([holds, _best_of_group(clips, ~(holds == 0).any(axis=0))])
+    speaks = np.array([kinds[rule.kind] for rule in active]).reshape(holds.shape)
+    return Judgment(tuple(active), tuple(keeps), speaks, holds)
+
+
+def _best_of_group(clips: pa.Table, kept: np.ndarray) -> np.ndarray:
+    """What `DEDUP` says, int8 [N], when all other rules keep `kept`."""
+    groups = clips.column("dup_group").combine_chunks()
+    grouped = _flags(pc.is_valid(groups))
+    if not grouped.any():
+        return np.full(len(groups), -1, np.int8)
+    number = groups.filter(pa.array(grouped)).dictionary_encode().indices.to_numpy()
+    rank = clips.column("dup_rank").combine_chunks().filter(pa.array(grouped)).to_numpy()
+    best = np.full(number.max() + 1, np.iinfo(rank.dtype).max, rank.dtype)
+    standing = kept[grouped]
+    np.minimum.at(best, number[standing], rank[standing])
+    holds = np.ones(len(groups), np.int8)
+    holds[grouped] = rank <= best[number]
+    return holds
+
+
+def _values(expression: str, rule: Rule, database: DuckDBPyConnection) -> np.ndarray:
+    """An expression of a rule over all clips; raises `UsageError` for a rule of the user's."""
+    import duckdb
+
+    try:
+        found = database.sql(f"SELECT row, {expression} AS value FROM clips").fetchnumpy()
+    except duckdb.Error as error:
+        line = str(error).splitlines()[0]
+        whose = "decide.extra" if rule.stage == "extra" else "the rule"
+        raise UsageError(f'{whose} "{rule.keep}": {line}') from error
+    values = np.empty_like(found["value"])
+    values[found["row"]] = found["value"]  # sorting in the database would take twice as long
+    return values
+
+
+def _reasons(rule: Rule, keep: str, rows: np.ndarray, database: DuckDBPyConnection) -> pa.Array:
+    """Why `rule` drops these rows."""
+    if not rule.score:
+        return pa.array([f"{rule.stage}::{keep}"]).take(pa.array(np.zeros(len(rows), np.int8)))
+    values = _values(f"coalesce(({rule.score})::DOUBLE, 'nan')", rule, database)[rows]
+    database.register("dropped", pa.table({"value": values}))
+    found = database.sql(
+        f"SELECT '{rule.stage}:{rule.score}=' || printf('%.6g', value) || ':{keep}' AS reason "
+        "FROM dropped"
     )
+    return found.to_arrow_table().column("reason").combine_chunks().cast(pa.string())
+
+
+def _median(rule: Rule, database: DuckDBPyConnection) -> float | None:
+    if not rule.score or rule == DEDUP:
+        return None
+    speaks = "TRUE" if rule.kind == "any" else f"kind = '{rule.kind}'"
+    found = database.sql(f"SELECT median(({rule.score})::DOUBLE) FROM clips WHERE {speaks}")
+    return found.fetchall()[0][0]
+
+
+def _filled(rule: Rule, settings: DecideSettings) -> str:
+    if rule.stage == "extra":  # its dollars are its own
+        return rule.keep
+    return re.sub(r"\$(\w+)", lambda m: str(getattr(settings, m[1])), rule.keep)
+
+
+def _assigned(rule: Rule, settings: DecideSettings) -> str:
+    """How the rule is set, as on a command line."""
+    if rule.stage == "extra":
+        return f'decide.extra "{rule.kind}: {rule.keep}"'
+    return ", ".join(f"decide.{name}={getattr(settings, name)}" for name in rule.settings)
+
+
+def _flags(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(pc.fill_null(values, False))
 
 
 def _names(expression: str) -> Sequence[str]:

@@ -1,0 +1,477 @@
+"""Clips as files, for tools that want files; the project itself reads spans of sources.
+
+    out/{uid}.mp4     the pictures (mkv for codecs that mp4 does not hold; images: png, jpg, …)
+    out/{uid}.json    the clip's row, and what of the source is really in the file
+    out/{uid}.txt     its first caption, if it has one
+    out/clips.jsonl   all sidecars, one a line; failed.jsonl: what could not be written, and why
+
+Three ways to cut a video:
+
+    copy      packets as they are, from the key frame at or before the start: fast, no loss, and
+              up to some seconds of the scene before as a lead-in
+    keyframe  packets as they are, from the first key frame inside the span: fast, no loss, nothing
+              of the scene before; what lies before that key frame is missing, and a clip without
+              one is reported as failed
+    exact     decoded and encoded again (H.264): the span to the frame, upright, with its own times
+
+There is no sound in any of them: curation looks at pictures, and so do the models.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import chain, groupby, pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+
+from unimodal.pipeline import fetch, media
+from unimodal.pipeline.bounds import Limits
+from unimodal.pipeline.errors import MediaError, UsageError, full_disk, reason
+from unimodal.pipeline.files import atomic
+from unimodal.pipeline.parts import read_parts
+from unimodal.pipeline.progress import Progress
+from unimodal.pipeline.run import Run
+from unimodal.pipeline.settings import build
+
+VERSION = 1
+
+Mode = Literal["copy", "keyframe", "exact"]
+
+MP4 = frozenset({"h264", "hevc", "av1", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg"})
+"""Codecs that an mp4 holds; others are copied into Matroska, which holds anything."""
+
+SUFFIXES = {"jpeg": ".jpg", "jpeg2000": ".jp2", "ppm": ".ppm"}
+"""How the file of an image codec is called, where not by the codec's name."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass
+class Exported:
+    """What `export_clips` did."""
+
+    out: Path
+    written: int = 0
+    kept: int = 0  # files that were there already, complete
+    failed: list[dict[str, str]] = field(default_factory=list)  # uid, uri, reason
+
+
+def export_clips(
+    run: Run,
+    out: Path | str,
+    *,
+    mode: Mode = "copy",
+    where: str = "verdict = 'keep'",
+    crop: bool = False,
+    crf: int = 18,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write the clips of a run for which `where` holds (SQL over the clip columns) into `out`.
+
+    `crop` cuts letterbox bars off and needs mode exact, as does turning a picture upright; `crf`
+    is the H.264 encoder's quality, lower is better. Images are copied, in mode exact written as
+    upright PNG. Files that are there already and whole are kept, so an interrupted export goes
+    on; one clip's failure is told in the result and stops no other. Files of earlier exports
+    that are not asked for any more stay, but clips.jsonl does not name them.
+
+    Raises `UsageError` for options that do not go together or a condition that does not
+    evaluate, `UnimodalError` if the disk is full.
+    """
+    out, progress = Path(out), progress or Progress()
+    if mode not in get_args(Mode):
+        raise UsageError(f"no mode {mode}: there are {', '.join(get_args(Mode))}")
+    if crop and mode != "exact":
+        raise UsageError(f"mode {mode} copies packets, which cannot be cropped: use --mode exact")
+    if not 0 <= crf <= 51:
+        raise UsageError(f"crf {crf}: the H.264 encoder takes 0 (lossless) to 51")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: a file is in the way; name another -o")
+    rows = _chosen(run, where)
+    how = {"version": VERSION, "mode": mode, "crop": crop, "crf": crf if mode == "exact" else None}
+    limits = build(Limits, run.info["settings"]["limits"])
+    sources = {s.uri: s for part in read_parts(run.path / "parts.parquet") for s in part.sources}
+    done = Exported(out)
+    written: list[dict[str, Any]] = []
+    out.mkdir(parents=True, exist_ok=True)
+    progress.begin("clips", len(rows), "clips")
+    try:
+        for uri, clips in groupby(rows, key=lambda row: row["uri"]):
+            for row in clips:
+                try:
+                    uid = row["uid"]
+                    if not re.fullmatch(r"[0-9a-f]{32}", uid):  # it becomes a file's name
+                        raise MediaError("its uid is none of ours")
+                    made = _complete(out, uid, how)
+                    done.kept += made is not None
+                    if made is None:
+                        with fetch.local(uri, listed=sources.get(uri), keep=True) as path:
+                            made = _write(path, row, out / uid, how, limits)
+                        done.written += 1
+                    written.append(_sidecar(row, out / uid, made))
+                except Exception as error:
+                    if full_disk(error, out):
+                        raise
+                    why = reason(error)
+                    done.failed.append({"uid": row["uid"], "uri": uri, "reason": why})
+                    progress.note(f"not exported {row['uid']} of {uri}: {why}")
+                progress.advance("clips")
+        _write_lines(out / "clips.jsonl", written)
+        _write_lines(out / "failed.jsonl", done.failed)
+    except OSError as error:
+        raise full_disk(error, out) or error from error
+    progress.end("clips")
+    return done
+
+
+def _chosen(run: Run, where: str) -> list[dict[str, Any]]:
+    import duckdb
+
+    # A condition may come from a stranger's script: no files, no extensions.
+    config: dict[str, Any] = {"enable_external_access": "false", "lock_configuration": "true"}
+    clips = run.clips
+    with duckdb.connect(":memory:", config=config) as database:
+        database.register("clips", clips.append_column("row", pa.array(range(clips.num_rows))))
+        try:
+            rows = database.sql(f"SELECT row FROM clips WHERE ({where}\n) ORDER BY row")
+            chosen = rows.to_arrow_table().column("row")
+        except duckdb.Error as error:
+            line = str(error).splitlines()[0]
+            raise UsageError(f'the condition "{where}" cannot be evaluated: {line}') from error
+    return clips.drop_columns(["samples"]).take(chosen).to_pylist()
+
+
+def _complete(out: Path, uid: str, how: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier export noted of a clip, if its file is whole and was made as asked now."""
+    try:
+        made = json.loads((out / f"{uid}.json").read_text())["export"]
+        name = made["file"]
+        if name != f"{uid}{Path(name).suffix}" or (out / name).stat().st_size != made["bytes"]:
+            return None
+        return made if all(made.get(key) == value for key, value in how.items()) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sidecar(row: Row, stem: Path, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a clip's .json and .txt where they differ from what is there; return the former."""
+    note = {**row, "meta": dict(row["meta"] or []), "export": made}
+    captions = row["captions"] or []
+    texts = {".json": json.dumps(note, indent=1, ensure_ascii=False) + "\n"}
+    if captions:
+        texts[".txt"] = captions[0]["text"] + "\n"
+    else:
+        stem.with_suffix(".txt").unlink(missing_ok=True)
+    for suffix, text in sorted(texts.items(), reverse=True):  # the .json last: it is the mark
+        path = stem.with_suffix(suffix)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            with atomic(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    return note
+
+
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows and path.name == "failed.jsonl":
+        path.unlink(missing_ok=True)
+        return
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write(
+    path: Path, row: Row, stem: Path, how: Mapping[str, Any], limits: Limits
+) -> dict[str, Any]:
+    """Write the pictures of a clip; returns what its sidecar says of the file."""
+    if row["kind"] == "image":
+        return _write_image(path, row, stem, how, limits)
+    with media.open_video(path, limits) as video:
+        animated = video.probe.animated
+    if how["mode"] == "exact":
+        file = stem.with_suffix(".mp4")
+        with atomic(file) as temporary:
+            start, end, size = _encode(path, row, temporary, how, limits)
+    elif animated:
+        if not row["starts_at"] == row["ends_at"] == "source":
+            raise MediaError("an animated picture cannot be copied in part: use --mode exact")
+        file = stem.with_suffix(SUFFIXES.get(row["codec"], f".{row['codec']}"))
+        with atomic(file) as temporary:
+            shutil.copyfile(path, temporary)
+        start, end, size = row["start_pts"], row["end_pts"], (row["width"], row["height"])
+    else:
+        file = stem.with_suffix(".mp4" if row["codec"] in MP4 else ".mkv")
+        with atomic(file) as temporary:
+            start, end = _copy(path, row, temporary, how["mode"] == "keyframe", limits)
+        size = (row["width"], row["height"])
+    tick = Fraction(row["time_base"])
+    first = round(row["start_pts"] - row["start_s"] / tick)  # of the source, where its clock is 0
+    return {
+        **how,
+        "file": file.name,
+        "bytes": file.stat().st_size,
+        "width": size[0],
+        "height": size[1],
+        # The span of the source that is in the file; longer than the clip's where packets are
+        # copied. The file's own clock begins at 0.
+        "start_pts": start,
+        "end_pts": end,
+        "start_s": float((start - first) * tick),
+        "end_s": float((end - first) * tick),
+        "audio": False,
+    }
+
+
+def _write_image(
+    path: Path, row: Row, stem: Path, how: Mapping[str, Any], limits: Limits
+) -> dict[str, Any]:
+    if how["mode"] == "exact":
+        from PIL import Image
+
+        pixels = media.read_image(path, limits)
+        x0, y0, x1, y1 = _box(row, how["crop"], 1)
+        file = stem.with_suffix(".png")
+        with atomic(file) as temporary:
+            Image.fromarray(pixels[y0:y1, x0:x1]).save(temporary, format="PNG")
+        size = (x1 - x0, y1 - y0)
+    else:
+        media.probe(path, limits)
+        file = stem.with_suffix(SUFFIXES.get(row["codec"], f".{row['codec']}"))
+        with atomic(file) as temporary:
+            shutil.copyfile(path, temporary)
+        size = (row["width"], row["height"])
+    named = {"file": file.name, "bytes": file.stat().st_size}
+    return {**how, **named, "width": size[0], "height": size[1]}
+
+
+def _box(row: Row, crop: bool, step: int) -> tuple[int, int, int, int]:
+    """The part of the shown picture that is written, its sides multiples of `step` pixels.
+
+    Video is stored with one color sample per 2x2 pixels: a last odd row or column is left out.
+    """
+    x0, y0, x1, y1 = 0, 0, row["width"], row["height"]
+    if crop and row["crop_x0"] is not None:
+        x0, y0, x1, y1 = row["crop_x0"], row["crop_y0"], row["crop_x1"], row["crop_y1"]
+    x0, y0 = -(-x0 // step) * step, -(-y0 // step) * step
+    x1, y1 = x0 + (x1 - x0) // step * step, y0 + (y1 - y0) // step * step
+    if x1 <= x0 or y1 <= y0:
+        raise MediaError(f"{row['width']}x{row['height']} pixels are too few for a video")
+    return x0, y0, x1, y1
+
+
+def _copy(path: Path, row: Row, out: Path, inside: bool, limits: Limits) -> tuple[int, int]:
+    """Copy the packets of a span, from a key frame `inside` it or from the one before its start.
+
+    Returns the ticks that the file really covers.
+    """
+    import av
+
+    form = "mp4" if row["codec"] in MP4 else "matroska"
+    with media.open_video(path, limits) as video:
+        packets = _packets(video, row["start_pts"], row["end_pts"], inside)
+        first = next(packets)
+        turned = video.turns
+        with av.open(str(out), "w", format=form) as container:
+            stream = container.add_stream_from_template(video.stream)
+            if turned:
+                stream.set_display_rotation(90 * turned)
+            covered = first.pts, first.pts
+            for packet in chain([first], packets):
+                covered = covered[0], max(covered[1], packet.pts + (packet.duration or 1))
+                packet.pts, packet.dts = packet.pts - covered[0], packet.dts - covered[0]
+                packet.stream = stream
+                try:
+                    container.mux_one(packet)
+                except av.error.FFmpegError as error:
+                    raise MediaError(
+                        f"its packets cannot be copied ({error}): use --mode exact"
+                    ) from error
+    return covered
+
+
+def _packets(video: media.Video, start: int, end: int, inside: bool) -> Iterator[Any]:
+    """Packets in decoding order that show start <= PTS < end, and what they need to be decoded.
+
+    They begin with a key frame: the first one inside, else the last one at or before the start.
+    """
+    # An index may go by decoding times, which run ahead, and so lead to a key frame that is shown
+    # too late. From the beginning then: reading packets is cheap, decoding is not.
+    for at in (start, min(start, video.stream.start_time or 0)):
+        if not video.seek(at):
+            raise MediaError("its container cannot be searched: use --mode exact")
+        packets = _stamped(video)
+        group = _from_key(packets, start, inside)
+        if group and (inside or group[0].pts <= start):
+            break
+    if not group or (inside and group[0].pts >= end):
+        where = "inside the clip: use --mode copy or exact" if inside else "in it: use --mode exact"
+        raise MediaError(f"no key frame {where}")
+    key = group[0].pts  # after the start where the container itself begins too late
+    late: list[Any] = []  # shown after the end; needed only if something before the end follows
+    for packet in chain(group, packets):
+        if packet.dts >= end:
+            return
+        if packet.pts < key:
+            continue  # shown before the key frame, and leans on what is not copied
+        late.append(packet)
+        if packet.pts < end:
+            yield from late
+            late = []
+
+
+def _stamped(video: media.Video) -> Iterator[Any]:
+    import av
+
+    try:
+        for packet in video.container.demux(video.stream):
+            if packet.pts is not None and packet.dts is not None:
+                yield packet
+            elif packet.size:
+                raise MediaError("its packets carry no time stamps: use --mode exact")
+    except av.error.FFmpegError:
+        return  # the container breaks off here
+
+
+def _from_key(packets: Iterator[Any], start: int, inside: bool) -> list[Any]:
+    """Packets read so far, from the key frame on that `_packets` begins with."""
+    group: list[Any] = []
+    for packet in packets:
+        if packet.is_keyframe and (not inside or packet.pts >= start):
+            if inside:
+                return [packet]
+            if group and packet.pts > start:
+                return [*group, packet]
+            group = [packet]
+        elif group:
+            group.append(packet)
+        if group and packet.dts > start:
+            break
+    return group
+
+
+def _encode(
+    path: Path, row: Row, out: Path, how: Mapping[str, Any], limits: Limits
+) -> tuple[int, int, tuple[int, int]]:
+    """Encode exactly the frames of a span, as shown; returns its ticks and the picture's size."""
+    import av
+
+    x0, y0, x1, y1 = _box(row, how["crop"], 2)
+    size = x1 - x0, y1 - y0
+    tick = Fraction(row["time_base"])
+    frames = _frames(path, row["start_pts"], row["end_pts"], limits)
+    opened = next(frames, None)
+    if opened is None:
+        raise MediaError("none of its frames can be decoded")
+    video, first = opened
+    graph = _graph(video, first, (x0, y0, *size), tick)
+    clock = _Clock(first.pts, row["end_pts"])
+    with av.open(str(out), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        rate = Fraction(row["fps"] or 25).limit_denominator(100_000)
+        stream: Any = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(how["crf"]), "preset": "fast"}
+        stream.time_base = stream.codec_context.time_base = tick
+        context = stream.codec_context
+        for _, frame in chain([opened], frames):
+            clock.see(frame.pts)
+            image = _filtered(graph, frame, first.pts, tick)
+            if clock.count == 1:
+                for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
+                    setattr(context, name, getattr(image, name))
+            container.mux(clock.timed(stream.encode(image)))
+        container.mux(clock.timed(stream.encode(None)))
+    if clock.count != row["frames"]:
+        raise MediaError(f"{clock.count} of its {row['frames']} frames could be decoded")
+    return first.pts, row["end_pts"], size
+
+
+class _Clock:
+    """Gives encoded packets the durations of their frames: to the next one, or to the clip's end.
+
+    The container keeps only the last one's, as the others follow from the times.
+    """
+
+    def __init__(self, start: int, end: int) -> None:
+        self.count = 0
+        self._start, self._end, self._last = start, end, start
+
+    def see(self, pts: int) -> None:
+        self.count += 1
+        self._last = pts
+
+    def timed(self, packets: Sequence[Any]) -> Sequence[Any]:
+        for packet in packets:
+            if packet.pts == self._last - self._start:
+                packet.duration = self._end - self._last
+        return packets
+
+
+def _graph(video: media.Video, first: media.Frame, box: tuple[int, ...], tick: Fraction) -> Any:
+    """Filters from decoded frames to what is encoded: upright, square pixels, the box, 4:2:0.
+
+    They work on the planes as they are, so no color is converted that need not be.
+    """
+    import av
+
+    image = first.image
+    graph = av.filter.Graph()
+    chained = [
+        graph.add_buffer(
+            width=image.width, height=image.height, format=image.format, time_base=tick
+        )
+    ]
+    shown = video.probe.width, video.probe.height
+    upright = shown if video.turns % 2 == 0 else shown[::-1]
+    if upright != (image.width, image.height):  # pixels that are not square
+        chained.append(graph.add("scale", f"{upright[0]}:{upright[1]}"))
+    if image.format.is_rgb:
+        chained.append(graph.add("scale", "out_color_matrix=bt709:out_range=limited"))
+    if video.turns:
+        turns = {1: ("transpose", "cclock"), 3: ("transpose", "clock")}
+        for name, how in (
+            [turns[video.turns]] if video.turns % 2 else [("hflip", ""), ("vflip", "")]
+        ):
+            chained.append(graph.add(name, how))
+    x, y, width, height = box
+    if (x, y, width, height) != (0, 0, *shown):
+        chained.append(graph.add("crop", f"{width}:{height}:{x}:{y}"))
+    chained += [graph.add("format", "yuv420p"), graph.add("buffersink")]
+    for one, after in pairwise(chained):
+        one.link_to(after)
+    graph.configure()
+    return graph
+
+
+def _filtered(graph: Any, frame: media.Frame, start: int, tick: Fraction) -> Any:
+    image = frame.image
+    image.pts, image.time_base = frame.pts - start, tick
+    graph.vpush(image)
+    made = graph.vpull()
+    made.pict_type = 0  # the encoder decides for itself where key frames go
+    return made
+
+
+def _frames(
+    path: Path, start: int, end: int, limits: Limits
+) -> Iterator[tuple[media.Video, media.Frame]]:
+    """Frames with start <= PTS < end, as decoded; the video they are of with each."""
+    for seek in (True, False):
+        with media.open_video(path, limits) as video:
+            if seek and not video.seek(start):
+                continue
+            frames = video.frames()
+            first = next(frames, None)
+            if seek and (first is None or first.pts > start):
+                continue  # the index led past the span, or nowhere: from the beginning then
+            for frame in chain([first] if first else [], frames):
+                if frame.pts >= end:
+                    return
+                if frame.pts >= start:
+                    yield video, frame
+            return

@@ -1,0 +1,247 @@
+"""The report of a run: one HTML file that says what was kept, what was dropped, and by which rule.
+
+    clips.parquet ─┬─ judged ──────> rules, histograms, clips near a threshold
+                   ├─ frames tars ─> contact sheets, film strips: only the frames that are shown
+                   └─ quarantine.parquet, run.json
+
+The file needs nothing beside it: no network, no other file, and its script only adds comfort. Here
+is chosen what is shown; `report_sections` writes it down, `report_charts` and `report_pictures`
+draw. What is shown of a large run is a sample that depends on nothing but the run: equal runs
+give equal bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from unimodal.pipeline import decide
+from unimodal.pipeline.files import atomic
+from unimodal.pipeline.judged import Judged, judge
+from unimodal.pipeline.observers.keyframes import even
+from unimodal.pipeline.report_pictures import Member, Pictures, draw
+from unimodal.pipeline.settings import build
+
+if TYPE_CHECKING:
+    from unimodal.pipeline.run import Run
+
+KEPT = 25
+"""Kept clips that are shown."""
+DROPPED = 100
+"""Dropped clips that are shown at most, by all rules together; 10 of each rule at most."""
+NEAR = 3
+"""Clips on each side of a threshold."""
+SOURCES = 12
+"""Videos whose timeline is shown."""
+CELLS = 12
+"""Frames in the film strip of a video."""
+GROUPS = 12
+"""Groups of near-duplicates."""
+MEMBERS = 6
+"""Clips of such a group."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Clips shown of a larger set."""
+
+    shown: tuple[int, ...]  # rows of the run's clips
+    of: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video and its clips, in order."""
+
+    uri: str
+    seconds: float
+    clips: list[dict[str, Any]]
+    strip: tuple[Member | None, ...]
+
+
+class Facts:
+    """What the report says of a run; everything is worked out once, when it is first asked for."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.clips = run.clips
+        self.info = run.info
+        self.settings = build(decide.DecideSettings, self.info["settings"]["decide"])
+        self.rules: list[Judged] = judge(self.clips, self.settings)
+        self.kept = pc.equal(self.clips.column("verdict"), "keep").to_numpy(zero_copy_only=False)
+        self.video = pc.equal(self.clips.column("kind"), "video").to_numpy(zero_copy_only=False)
+
+    def __len__(self) -> int:
+        return self.clips.num_rows
+
+    @cached_property
+    def drops(self) -> np.ndarray:
+        """Which rule (row) drops which clip (column), bool [R, N]."""
+        return np.array([rule.drops for rule in self.rules], bool).reshape(
+            len(self.rules), len(self)
+        )
+
+    @cached_property
+    def advice(self) -> list[str]:
+        """What `decide` says of rules that drop almost all, or nothing."""
+        return decide.advice(self.clips, self.settings)
+
+    @cached_property
+    def folder(self) -> str:
+        """The folder that all sources lie in, with its slash; names are shown from there on."""
+        ends = [pc.min_max(t.column("uri")).as_py() for t in (self.clips, self.run.quarantine)]
+        uris = [uri for found in ends for uri in found.values() if uri is not None]
+        # What the first and the last share in order, all between them share.
+        shared = os.path.commonprefix([min(uris), max(uris)]) if uris else ""  # noqa: RUF071
+        return shared[: shared.rfind("/") + 1]
+
+    def name(self, uri: str) -> str:
+        """A source's name, short."""
+        return uri.removeprefix(self.folder) or uri
+
+    def numbers(self, column: str) -> np.ndarray:
+        """A numeric column, float64 [N], NaN where it is null."""
+        return pc.fill_null(self.clips.column(column).cast(pa.float64()), np.nan).to_numpy()
+
+    @cached_property
+    def kept_sheet(self) -> Sheet:
+        """Kept clips, spread evenly."""
+        return _spread(np.flatnonzero(self.kept), KEPT)
+
+    @cached_property
+    def dropped_sheets(self) -> list[tuple[int, Sheet]]:
+        """For each rule (by number) that drops anything, clips that it drops."""
+        found = [(i, np.flatnonzero(drops)) for i, drops in enumerate(self.drops)]
+        found = [(i, rows) for i, rows in found if len(rows)]
+        each = max(2, min(10, DROPPED // max(1, len(found))))
+        return [(i, _spread(rows, each)) for i, rows in found[: DROPPED // 2]]
+
+    @cached_property
+    def near(self) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        """For each rule with a threshold, the clips nearest to it: dropped ones, passed ones."""
+        found = []
+        for i, rule in enumerate(self.rules):
+            if rule.threshold is not None:
+                sides = [_nearest(rule, side) for side in (rule.drops, rule.passes)]
+                if any(sides):
+                    found.append((i, sides[0], sides[1]))
+        return found[: DROPPED // 2]
+
+    @cached_property
+    def groups(self) -> tuple[list[tuple[int, ...]], list[int]]:
+        """The largest groups of near-duplicates, best first; and the sizes of all groups."""
+        column = self.clips.column("dup_group")
+        rows = np.flatnonzero(pc.is_valid(column).to_numpy(zero_copy_only=False))
+        if not len(rows):
+            return [], []
+        keys = column.take(pa.array(rows)).combine_chunks().dictionary_encode()
+        names, codes = keys.dictionary.to_pylist(), keys.indices.to_numpy()
+        sizes = np.bincount(codes)
+        largest = sorted(range(len(names)), key=lambda i: (-sizes[i], names[i]))[:GROUPS]
+        ranks = self.numbers("dup_rank")
+        shown = []
+        for group in largest:
+            members = rows[codes == group]
+            order = np.lexsort((members, ranks[members]))
+            shown.append(tuple(int(row) for row in members[order][:MEMBERS]))
+        return shown, [int(sizes[i]) for i in sorted(range(len(names)), key=lambda i: -sizes[i])]
+
+    @cached_property
+    def sources(self) -> tuple[list[Source], int]:
+        """The longest videos, in order of name; and how many videos there are."""
+        rows = np.flatnonzero(self.video)
+        if not len(rows):
+            return [], 0
+        keys = self.clips.column("uri").take(pa.array(rows)).combine_chunks().dictionary_encode()
+        uris, codes = keys.dictionary.to_pylist(), keys.indices.to_numpy()
+        seconds = np.zeros(len(uris))
+        np.maximum.at(seconds, codes, np.nan_to_num(self.numbers("end_s")[rows]))
+        longest = sorted(range(len(uris)), key=lambda i: (-seconds[i], uris[i]))[:SOURCES]
+        columns = [
+            "uid",
+            "part",
+            "start_s",
+            "end_s",
+            "starts_at",
+            "ends_at",
+            "start_cut",
+            "verdict",
+        ]
+        found = []
+        for source in sorted(longest, key=lambda i: uris[i]):
+            mine = self.clips.take(pa.array(rows[codes == source]))
+            clips = mine.select([*columns, "reasons", "samples"]).to_pylist()
+            strip = _strip(clips, float(seconds[source]))
+            found.append(Source(uris[source], float(seconds[source]), clips, strip))
+        return found, len(uris)
+
+    @cached_property
+    def shown(self) -> dict[int, dict[str, Any]]:
+        """All clips of which a picture is shown, by row."""
+        rows = {*self.kept_sheet.shown}
+        rows.update(row for _, sheet in self.dropped_sheets for row in sheet.shown)
+        rows.update(row for _, failed, passed in self.near for row in (*failed, *passed))
+        rows.update(row for group in self.groups[0] for row in group)
+        order = sorted(rows)
+        taken = self.clips.take(pa.array(order, pa.int64())).to_pylist()
+        return dict(zip(order, taken, strict=True))
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """Pictures of the clips and sources that are shown."""
+        strips = {source.uri: source.strip for source in self.sources[0]}
+        return draw(self.run, list(self.shown.values()), strips)
+
+
+def write_report(run: Run, path: Path | None = None) -> Path:
+    """Write the report of a finished run, by default to report.html in it; returns its path.
+
+    One file of a few megabytes at most, whatever the run's size, that makes no request. Raises
+    `UnimodalError` if the run's settings are not those of this version.
+    """
+    from unimodal.pipeline.report_sections import page
+
+    path = path or run.path / "report.html"
+    text = page(Facts(run))
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+def _spread(rows: np.ndarray, count: int) -> Sheet:
+    return Sheet(tuple(int(rows[i]) for i in even(len(rows), count)), len(rows))
+
+
+def _nearest(rule: Judged, side: np.ndarray) -> tuple[int, ...]:
+    rows = np.flatnonzero(side & np.isfinite(rule.values))
+    distance = np.abs(rule.values[rows] - rule.threshold)
+    return tuple(int(row) for row in rows[np.lexsort((rows, distance))][:NEAR])
+
+
+def _strip(clips: Sequence[dict[str, Any]], seconds: float) -> tuple[Member | None, ...]:
+    """For each of `CELLS` equal spans of a video, the sample nearest to its middle, if any is."""
+    samples: Iterable[tuple[float, Member]] = (
+        (sample["time_s"], (clip["part"], sample["member"]))
+        for clip in clips
+        for sample in clip["samples"] or []
+        if sample["time_s"] is not None
+    )
+    ordered = sorted(samples)
+    times = np.array([time for time, _ in ordered])
+    cells: list[Member | None] = []
+    for number in range(CELLS):
+        middle = (number + 0.5) * seconds / CELLS
+        nearest = int(np.argmin(np.abs(times - middle))) if ordered else None
+        if nearest is None or abs(times[nearest] - middle) > seconds / CELLS:
+            cells.append(None)
+        else:
+            cells.append(ordered[nearest][1])
+    return tuple(cells)

@@ -8,6 +8,7 @@ process is, however that ends. It lies where Python's tempfile puts it: set TMPD
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import threading
@@ -71,6 +72,26 @@ def local(
             _KEPT.give(copy)
     except MediaError as error:  # its path, if it has one, would be the copy's
         raise MediaError(error.reason, uri) from error
+
+
+def sha256(source: Source) -> str:
+    """Hex digest of a source's bytes, which are not copied for it.
+
+    Raises `MediaError` if it is gone or changed since it was listed, `OSError` if it cannot be
+    read.
+    """
+    where = tars.split(source.uri)
+    if where is not None:
+        span = _member(*where, source)
+    elif remote.is_remote(source.uri):
+        span = _object(source.uri, source, None)
+    else:
+        _check_path(source)
+        span = _Span(source.uri, 0, source.size, ())
+    digest = hashlib.sha256()
+    for block in _blocks(span, None):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def member_etag(member: tars.Member, stamp: str) -> str:
@@ -154,7 +175,7 @@ def _blocks(span: _Span, tick: Tick | None) -> Iterator[bytes]:
             for start in steps:
                 block = file.read(min(STEP, end - start))
                 if len(block) < min(STEP, end - start):
-                    raise MediaError("its tar is shorter than it was")
+                    raise MediaError(CHANGED)
                 yield block
         return
     for start in steps:

@@ -93,7 +93,8 @@ def list_inputs(
     `fraction` (0 to 1) takes that share of the sources: which ones follows from their uris alone,
     so a larger share holds the smaller one. `limit` then takes the first so many. Of copies, one
     that is in `known` (an earlier run's sources) stays the first, and digests in `known` are not
-    computed again, unless `verify` asks for the digest of every source's bytes as they are now.
+    computed again, unless `verify` asks for the digest of every source's bytes as they are now
+    (None for one that cannot be read).
 
     Raises `UsageError` for a path that does not exist, a glob without matches, a folder or tar
     without media, an address of another scheme, and a table that is not in order.
@@ -331,8 +332,8 @@ def _stat(path: str) -> Source:
 
 def _digest(source: Source) -> str | None:
     try:
-        with fetch.local(source.uri, listed=source) as path:
-            return sha256_of(path)
+        # What has no bytes may be a pipe, which would wait for some.
+        return fetch.sha256(source) if source.size else None
     except (MediaError, OSError):
         return None  # quarantined when it is read
 

@@ -113,8 +113,8 @@ def look(uri: str) -> tuple[list[Entry], list[tuple[str, Entry]]]:
     except FileNotFoundError:
         pass
     except Exception as error:
-        refused = isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS
-        kind = UsageError if refused else UnimodalError
+        wrong = isinstance(error, PermissionError | ValueError)  # or a pattern that is none
+        kind = UsageError if wrong or type(error).__name__ in _NO_CREDENTIALS else UnimodalError
         raise kind(f"{uri}: cannot be listed ({_why(error)})") from error
     return [_entry(scheme, info) for info in named], below
 

@@ -23,6 +23,7 @@ LARGEST_HEADER = 1 << 20  # bytes of a long name or of extended attributes
 LARGEST_TEXT = 1 << 20  # bytes of a caption; a megabyte of it is a mistake
 
 _MARK = re.compile(r"\.tar#", re.IGNORECASE)
+_ASCII = bytes(range(128))
 _KINDS = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 
 
@@ -193,7 +194,7 @@ def _checksums(head: bytes) -> tuple[int, int]:
     """Sum of the header's bytes, unsigned as the standard has it, and signed as old tools do."""
     others = head[:148] + b" " * 8 + head[156:]
     total = sum(others)
-    return total, total - 256 * sum(byte > 127 for byte in others)
+    return total, total - 256 * len(others.translate(None, _ASCII))
 
 
 def _attributes(body: bytes) -> dict[bytes, bytes]:

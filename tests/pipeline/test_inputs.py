@@ -113,7 +113,9 @@ def test_a_table_brings_its_media_captions_and_columns(tmp_path: Path, name: str
         _put(tmp_path / file, bytes(i + 1))
     paths, texts = ["b.png", "a.png", "a.png"], ["b it is", "a it is", "or so"]
     table = tmp_path / "sets" / name
-    rows = [{"path": p, "text": t, "n": i} for i, (p, t) in enumerate(zip(paths, texts, strict=True))]
+    rows = [
+        {"path": p, "text": t, "n": i} for i, (p, t) in enumerate(zip(paths, texts, strict=True))
+    ]
     if name == "all.txt":
         table.write_text("\n".join(paths))
     elif name == "all.csv":

@@ -143,6 +143,13 @@ def _resized(data: bytes, size: bytes) -> bytes:
     return bytes(head)
 
 
+def test_a_checksum_of_signed_bytes_counts_as_old_tools_wrote_it() -> None:
+    data = bytearray(_tar({"Ü.jpg": b"x"}, tarfile.GNU_FORMAT))
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(byte - 256 * (byte > 127) for byte in data[:512])
+    assert list(_index(bytes(data)).members) == ["Ü.jpg"]
+
+
 @pytest.mark.parametrize("size", [b"\xff" * 12, b"\xff" * 11 + b"\0", b"-0000000777\0", b"9" * 12])
 def test_a_negative_or_senseless_size_ends_the_walk(size: bytes) -> None:
     index = _index(_resized(_tar({"a.jpg": b"x" * 600, "b.jpg": b"y"}), size))

@@ -50,6 +50,9 @@ whatever they show, so such a sample counts neither for nor against.
 BLOCK = 4096
 """Clips that are compared with each other at once, at the bottom of the recursion."""
 
+DENSE = 256
+"""Near pairs that each of a block may have on average, however often they are found."""
+
 CHUNK = 1 << 17
 """Candidate pairs in memory at a time."""
 
@@ -74,12 +77,6 @@ class DedupSettings(Settings):
     by twice as much."""
     cosine: Annotated[float, Field(gt=0, lt=1)] | None = 0.95
     """Cosine of two embeddings above which they are near, where there are embeddings."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        """On a command line, None is written "none"."""
-        return None if value == "none" else value
 
 
 def group(clips: pa.Table, settings: DedupSettings, embeddings: pa.Table | None = None) -> pa.Table:
@@ -131,10 +128,8 @@ def _stars(clips: np.ndarray, near: Near, best: np.ndarray) -> np.ndarray:
 
     The better half first; who is near one of its stars is settled, and the rest go on.
     """
-    if len(clips) <= BLOCK:
-        beats = np.zeros((len(clips), len(clips)), bool)
-        for worse, better in near(clips, clips):
-            beats[np.searchsorted(clips, better), np.searchsorted(clips, worse)] = True
+    beats = _beats(clips, near)
+    if beats is not None:
         free = np.ones(len(clips), bool)
         for i in range(len(clips)):
             if free[i]:
@@ -147,6 +142,20 @@ def _stars(clips: np.ndarray, near: Near, best: np.ndarray) -> np.ndarray:
     for worse, better in near(rest, stars):
         np.minimum.at(best, worse, better)
     return np.concatenate([stars, _stars(rest[best[rest] == rest], near, best)])
+
+
+def _beats(clips: np.ndarray, near: Near) -> np.ndarray | None:
+    """Which clips are near which worse ones, bool [N, N]; None if that is too much at once."""
+    if len(clips) > BLOCK:
+        return None
+    beats = np.zeros((len(clips), len(clips)), bool)
+    seen = 0
+    for worse, better in near(clips, clips):
+        seen += len(worse)
+        if seen > DENSE * len(clips) > DENSE**2:  # mostly copies: fewer would stand for them
+            return None
+        beats[np.searchsorted(clips, better), np.searchsorted(clips, worse)] = True
+    return beats
 
 
 def _table(uids: pa.Array, best: np.ndarray) -> pa.Table:

@@ -272,46 +272,45 @@ def _copy(path: Path, row: Row, out: Path, inside: bool, limits: Limits) -> tupl
     import av
 
     form = "mp4" if row["codec"] in MP4 else "matroska"
-    with media.open_video(path, limits) as video:
-        packets = _packets(video, row["start_pts"], row["end_pts"], inside)
-        first = next(packets)
-        turned = video.turns
-        with av.open(str(out), "w", format=form) as container:
-            stream = container.add_stream_from_template(video.stream)
-            if turned:
-                stream.set_display_rotation(90 * turned)
-            covered = first.pts, first.pts
-            for packet in chain([first], packets):
-                covered = covered[0], max(covered[1], packet.pts + (packet.duration or 1))
-                packet.pts, packet.dts = packet.pts - covered[0], packet.dts - covered[0]
-                packet.stream = stream
-                try:
-                    container.mux_one(packet)
-                except av.error.FFmpegError as error:
-                    raise MediaError(
-                        f"its packets cannot be copied ({error}): use --mode exact"
-                    ) from error
-    return covered
+    with media.open_video(path, limits) as video, av.open(str(out), "w", format=form) as container:
+        stream = container.add_stream_from_template(video.stream)
+        if video.turns:
+            stream.set_display_rotation(90 * video.turns)
+        start = end = None
+        for packet in _packets(path, video.stream.index, row["start_pts"], row["end_pts"], inside):
+            shown = packet.pts
+            start = shown if start is None else start
+            end = max(end or start, shown + (packet.duration or 1))
+            packet.pts, packet.dts = shown - start, packet.dts - start
+            packet.stream = stream
+            try:
+                container.mux_one(packet)
+            except av.error.FFmpegError as error:
+                why = f"its packets cannot be copied ({error}): use --mode exact"
+                raise MediaError(why) from error
+    if start is None or end is None:
+        raise MediaError("it has no packets: use --mode exact")
+    return start, end
 
 
-def _packets(video: media.Video, start: int, end: int, inside: bool) -> Iterator[Any]:
+def _packets(path: Path, index: int, start: int, end: int, inside: bool) -> Iterator[Any]:
     """Packets in decoding order that show start <= PTS < end, and what they need to be decoded.
 
     They begin with a key frame: the first one inside, else the last one at or before the start.
     """
-    # An index may go by decoding times, which run ahead, and so lead to a key frame that is shown
-    # too late. From the beginning then: reading packets is cheap, decoding is not.
-    for at in (start, min(start, video.stream.start_time or 0)):
-        if not video.seek(at):
-            raise MediaError("its container cannot be searched: use --mode exact")
-        packets = _stamped(video)
+    # An index may lead to a key frame that is shown too late, as it goes by decoding times, or
+    # there is none. From the beginning then: reading packets is cheap, decoding is not.
+    for seek in (start, None):
+        packets = _demuxed(path, index, seek)
         group = _from_key(packets, start, inside)
-        if group and (inside or group[0].pts <= start):
+        if group and (group[0].pts >= start if inside else group[0].pts <= start):
             break
-    if not group or (inside and group[0].pts >= end):
-        where = "inside the clip: use --mode copy or exact" if inside else "in it: use --mode exact"
-        raise MediaError(f"no key frame {where}")
-    key = group[0].pts  # after the start where the container itself begins too late
+    else:
+        group = []
+    if not group or group[0].pts >= end:
+        remedy = "inside the clip: use --mode copy or exact" if inside else "before it: use exact"
+        raise MediaError(f"no key frame {remedy}")
+    key = group[0].pts
     late: list[Any] = []  # shown after the end; needed only if something before the end follows
     for packet in chain(group, packets):
         if packet.dts >= end:
@@ -324,17 +323,23 @@ def _packets(video: media.Video, start: int, end: int, inside: bool) -> Iterator
             late = []
 
 
-def _stamped(video: media.Video) -> Iterator[Any]:
+def _demuxed(path: Path, index: int, seek: int | None) -> Iterator[Any]:
+    """Packets of a stream, from the one that the container finds for `seek` on."""
     import av
 
-    try:
-        for packet in video.container.demux(video.stream):
-            if packet.pts is not None and packet.dts is not None:
-                yield packet
-            elif packet.size:
-                raise MediaError("its packets carry no time stamps: use --mode exact")
-    except av.error.FFmpegError:
-        return  # the container breaks off here
+    options = {"format_whitelist": media.VIDEO_FORMATS, "protocol_whitelist": "file"}
+    with av.open(f"file:{path}", options=options) as container:
+        stream = container.streams[index]
+        try:
+            if seek is not None:
+                container.seek(seek, stream=stream, backward=True)
+            for packet in container.demux(stream):
+                if packet.pts is not None and packet.dts is not None:
+                    yield packet
+                elif packet.size:
+                    raise MediaError("its packets carry no time stamps: use --mode exact")
+        except av.error.FFmpegError:
+            return  # it cannot be searched, or breaks off here
 
 
 def _from_key(packets: Iterator[Any], start: int, inside: bool) -> list[Any]:
@@ -375,7 +380,9 @@ def _encode(
         stream: Any = container.add_stream("libx264", rate=rate)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(how["crf"]), "preset": "fast"}
+        # No B-frames: mp4 keeps times in decoding order, and with them a clip of uneven frame
+        # rate would not last as long as its frames do.
+        stream.options = {"crf": str(how["crf"]), "preset": "fast", "bf": "0"}
         stream.time_base = stream.codec_context.time_base = tick
         context = stream.codec_context
         for _, frame in chain([opened], frames):
@@ -392,9 +399,9 @@ def _encode(
 
 
 class _Clock:
-    """Gives encoded packets the durations of their frames: to the next one, or to the clip's end.
+    """Counts frames, and lets the last one last to the end of the clip.
 
-    The container keeps only the last one's, as the others follow from the times.
+    The durations of the others follow from the times.
     """
 
     def __init__(self, start: int, end: int) -> None:
@@ -429,7 +436,7 @@ def _graph(video: media.Video, first: media.Frame, box: tuple[int, ...], tick: F
     shown = video.probe.width, video.probe.height
     upright = shown if video.turns % 2 == 0 else shown[::-1]
     if upright != (image.width, image.height):  # pixels that are not square
-        chained.append(graph.add("scale", f"{upright[0]}:{upright[1]}"))
+        chained.append(graph.add("scale", f"{upright[0]}:{upright[1]}:flags=bilinear"))
     if image.format.is_rgb:
         chained.append(graph.add("scale", "out_color_matrix=bt709:out_range=limited"))
     if video.turns:

@@ -4,7 +4,7 @@ Precedence, first to last; the first caption of a clip is the one to use, the ot
 alternatives, and a text that repeats an earlier one is left out:
 
 1. given    the `captions` mapping or table of the call
-2. inputs   what tables and tars among the inputs say of their own media, in the order of the inputs
+2. inputs   what tables, then tars, among the inputs say of their own media
 3. json     {"caption": "…"}, or "text", or "captions": ["…", {"text", "style", "lang", "start_s",
             "end_s"}]
 4. txt      the whole file is one caption
@@ -24,6 +24,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -91,21 +92,23 @@ class Given:
 def read_given(captions: Mapping[str, Any] | str | Path | None) -> Given:
     """Captions of a mapping {path: text or list of texts}, or of a table as in `tables`.
 
-    A table has a column of paths and one of captions (and, if it likes, `style` and `lang`);
-    its other columns become `meta`. Raises `UsageError`.
+    A table, local or in a bucket, has a column of paths and one of captions (and, if it likes,
+    `style` and `lang`); its other columns become `meta`. Raises `UsageError`.
     """
     given = Given()
     if captions is None:
         return given
     if isinstance(captions, Mapping):
-        for path, texts in captions.items():
+        for key, texts in captions.items():
             found = [texts] if isinstance(texts, str) else texts
             said = [Caption(tables.clean(str(text).strip()), "given") for text in found]
-            given.add(tables.absolute(str(path), None), [c for c in said if c.text])
+            given.add(tables.absolute(str(key), None), [c for c in said if c.text])
         return given
-    table = Path(captions)
-    for row in tables.read_rows(table, captions=True):
-        given.add(tables.absolute(row.path, str(table.parent)), from_row(row), row.meta)
+    table = str(captions)
+    with fetch.local(table) as path:
+        for row in tables.read_rows(path, table, captions=True):
+            uri = tables.absolute(row.path, os.path.dirname(table))  # noqa: PTH120
+            given.add(uri, from_row(row), row.meta)
     return given
 
 
@@ -122,15 +125,16 @@ def find_sidecars(
     Each folder is listed once, however many sources it holds; one in a bucket too. Members of
     tars have none: what lies beside them came with the listing.
     """
-    folders: dict[str, dict[str, tuple[str, int, int | str]]] = {}
     found: dict[str, list[tuple[str, int, int | str]]] = {}
     endings = tuple(f".{kind}" for kind in kinds)
-    for uri in uris:
-        if not endings or tars.split(uri) is not None:
-            continue
-        folder, name = os.path.split(uri)
-        if folder not in folders:
-            folders[folder] = _text_files(folder, endings)
+    places = {uri: os.path.split(uri) for uri in uris if endings and tars.split(uri) is None}
+    names = {folder for folder, _ in places.values()}
+    buckets = sorted(filter(remote.is_remote, names))
+    with ThreadPoolExecutor(remote.AT_ONCE) as pool:  # a store answers late, but many at once
+        answers = pool.map(lambda folder: _text_files(folder, endings), buckets)
+        folders = dict(zip(buckets, answers, strict=True))
+    folders |= {name: _text_files(name, endings) for name in names if name not in folders}
+    for uri, (folder, name) in places.items():
         files = folders[folder]
         stem = os.path.splitext(name)[0]  # noqa: PTH122
         beside = [

@@ -239,4 +239,5 @@ def _index(tar: str, stamp: tuple[int, str]) -> tars.Index:
 
 def _tar_trouble(tar: str) -> str:
     """Why a tar itself, not a member of it, is among the sources."""
-    return _index(tar, _stamp(tar)).trouble or "a tar, which holds media but is none"
+    trouble = _index(tar, _stamp(tar)).trouble
+    return trouble or "a tar that could not be opened before: run the same command again"

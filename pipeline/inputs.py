@@ -196,12 +196,11 @@ class _Found:
 
     def _members(self, tar: str, names: set[str] | None) -> Iterator[Source]:
         """Media in a tar; and the tar itself if not all of it can be read."""
-        whole = Source(tar, 0, 0) if remote.is_remote(tar) else _stat(tar)
         try:
             with tars.opened(tar) as file:
                 index = tars.read_index(file, TEXTS)
-        except MediaError:
-            yield whole  # the reason is found again when it is read
+        except (MediaError, OSError):  # the reason is found again when it is read
+            yield Source(tar, 0, 0) if remote.is_remote(tar) else _stat(tar)
             return
         members = index.members
         texts: dict[str, list[str]] = defaultdict(list)
@@ -220,7 +219,8 @@ class _Found:
                 uri, member.size, file.mtime_ns, etag=fetch.member_etag(member, file.stamp)
             )
         if index.trouble:
-            yield whole
+            etag = file.stamp if remote.is_remote(tar) else None
+            yield Source(tar, file.size, file.mtime_ns, etag=etag)
 
     def _hear(self, uri: str, text: str, data: bytes | None) -> None:
         """Take captions and columns of `uri` from the member `text` that speaks of it."""

@@ -64,6 +64,18 @@ def test_a_path_is_its_own_and_a_member_is_a_copy_that_is_gone_afterwards(
     assert not list((tmp_path / "temporary").iterdir())
 
 
+def test_where_files_need_names_the_copy_has_one_until_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = _tar(tmp_path / "x.tar", {"a.png": b"bytes"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda _: False)  # no /proc, as on macOS
+        with fetch.local(f"{tar}#a.png") as path:
+            assert path.is_file() and path.is_absolute() and path.read_bytes() == b"bytes"
+            assert not str(path).startswith("/proc")
+    assert not path.exists()
+
+
 def test_what_cannot_be_had_is_a_media_error_with_its_reason(tmp_path: Path) -> None:
     tar = _tar(tmp_path / "x.tar", {"a.png": b"12345"})
     with tarfile.open(tar, "a") as file:
@@ -74,7 +86,7 @@ def test_what_cannot_be_had_is_a_media_error_with_its_reason(tmp_path: Path) -> 
         (f"{tar}#b.png", 10, "x.tar#b.png: the tar has no member of this name"),
         (f"{tar}#link.png", 10, "link.png: a link in the tar, not a plain file"),
         (f"{tar}#a.png", 4, "5 bytes are over the limit of 4"),
-        (str(tar), 10, "x.tar: a tar, which holds media but is none"),
+        (str(tar), 10, "x.tar: a tar that could not be opened before: run"),
     ]:
         with pytest.raises(MediaError, match=words), fetch.local(uri, max_bytes=bound):
             pass

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from unimodal.pipeline import fetch, media, remote
-from unimodal.pipeline.caption import find_sidecars, read_sidecar
+from unimodal.pipeline.caption import find_sidecars, read_given, read_sidecar
 from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError
 from unimodal.pipeline.inputs import list_inputs, list_sources
 from unimodal.pipeline.presets import CurateSettings
@@ -283,6 +283,8 @@ def test_tars_and_tables_in_a_bucket_are_inputs_too(
     assert found == {"x.tar#0.png": ["zero"], "x.tar#1.png": ["one"], "sub/2.png": ["two"]}
     assert dict(run.clips.to_pylist()[2]["meta"]) == {"n": "1"}
     assert run.quarantined == 0
+    given = read_given("s3://media/set/all.jsonl")
+    assert list(given.captions) == ["s3://media/set/sub/2.png", "s3://media/set/x.tar#1.png"]
     bucket.pipe("media/set/bad.csv", b"path\nsub/2.png\nhttp://127.0.0.1/3.png\n")
     with pytest.raises(UsageError, match=r"s3://media/set/bad.csv, line 3: http://127.* Allowed"):
         list_sources(["s3://media/set/bad.csv"])

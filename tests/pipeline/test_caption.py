@@ -123,7 +123,7 @@ def test_a_table_of_captions_brings_its_other_columns_along(tmp_path: Path) -> N
 def test_a_table_without_the_columns_is_named(tmp_path: Path) -> None:
     table = tmp_path / "captions.csv"
     table.write_text("file,words\na.png,one\n")
-    with pytest.raises(UsageError, match=r"line 2: no column of captions .* columns are: file, words"):
+    with pytest.raises(UsageError, match=r"line 2: no column of captions .* are: file, words"):
         read_given(table)
     with pytest.raises(UsageError, match="cannot be read"):
         read_given(tmp_path / "gone.jsonl")

@@ -27,9 +27,10 @@ from unimodal.pipeline.clips import CLIPS
 from unimodal.pipeline.errors import MediaError
 from unimodal.pipeline.markup import h, join
 from unimodal.pipeline.presets import CurateSettings
-from unimodal.pipeline.report import KEPT, Facts, write_report
-from unimodal.pipeline.report_charts import BASE, WIDTH, Cut, histogram, timeline
-from unimodal.pipeline.report_pictures import BOX, layout, members, places
+from unimodal.pipeline.report import write_report
+from unimodal.pipeline.report.charts import BASE, WIDTH, Block, Cut, histogram, timeline
+from unimodal.pipeline.report.facts import KEPT, Facts
+from unimodal.pipeline.report.pictures import BOX, layout, members, places
 from unimodal.pipeline.run import Run, curate
 from unimodal.pipeline.settings import build
 
@@ -167,7 +168,7 @@ def test_every_clip_that_is_shown_has_its_picture(run: Run, page: str) -> None:
     facts = Facts(run)
     shown = {row["uid"] for row in facts.shown.values()}
     sampled = {row["uid"] for row in facts.shown.values() if row["samples"]}
-    assert set(facts.pictures.clips) == sampled and 25 < len(sampled)
+    assert set(facts.pictures.clips) == sampled and len(sampled) > 25
     assert len(facts.pictures.strips) == 1
     articles = re.findall(r'<article class="clip (\w+)"[^>]*data-uid="(\w+)"', page)
     assert {uid for _, uid in articles} == shown
@@ -261,7 +262,7 @@ def test_frames_in_a_picture_lie_inside_it_and_apart(count: int, width: int, hei
 def test_a_cut_line_stands_between_the_values_that_it_parts(
     values: list[float], cut: float, scale: float
 ) -> None:
-    from unimodal.pipeline.report_charts import _Scale
+    from unimodal.pipeline.report.charts import _Scale
 
     data = np.array(values) * scale
     axis = _Scale.around(data, [cut * scale])
@@ -278,8 +279,6 @@ def test_a_cut_line_stands_between_the_values_that_it_parts(
 
 
 def test_a_timeline_of_very_many_clips_stays_small() -> None:
-    from unimodal.pipeline.report_charts import Block
-
     blocks = [Block(i, i + 0.8, "drop" if i % 3 else "keep", "a" * 50, "#x") for i in range(5000)]
     assert len(timeline(blocks, list(range(5000)), 5000.0)) < 300_000
     assert timeline(blocks[:9], [], 9.0).count("<title>") == 9

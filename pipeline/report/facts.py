@@ -1,14 +1,4 @@
-"""The report of a run: one HTML file that says what was kept, what was dropped, and by which rule.
-
-    clips.parquet ─┬─ judged ──────> rules, histograms, clips near a threshold
-                   ├─ frames tars ─> contact sheets, film strips: only the frames that are shown
-                   └─ quarantine.parquet, run.json
-
-The file needs nothing beside it: no network, no other file, and its script only adds comfort. Here
-is chosen what is shown; `report_sections` writes it down, `report_charts` and `report_pictures`
-draw. What is shown of a large run is a sample that depends on nothing but the run: equal runs
-give equal bytes.
-"""
+"""What the report says of a run: its figures, and which of its clips are shown."""
 
 from __future__ import annotations
 
@@ -16,7 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unimodal.pipeline import decide
-from unimodal.pipeline.files import atomic
 from unimodal.pipeline.judged import Judged, judge
 from unimodal.pipeline.observers.keyframes import even
-from unimodal.pipeline.report_pictures import Member, Pictures, draw
+from unimodal.pipeline.report.pictures import Member, Pictures, draw
 from unimodal.pipeline.settings import build
 
 if TYPE_CHECKING:
@@ -126,13 +114,13 @@ class Facts:
 
     @cached_property
     def near(self) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-        """For each rule with a threshold, the clips nearest to it: dropped ones, passed ones."""
+        """For each threshold that drops anything, the nearest clips: dropped ones, passed ones."""
         found = []
         for i, rule in enumerate(self.rules):
             if rule.threshold is not None:
-                sides = [_nearest(rule, side) for side in (rule.drops, rule.passes)]
-                if any(sides):
-                    found.append((i, sides[0], sides[1]))
+                failed, passed = _nearest(rule, rule.drops), _nearest(rule, rule.passes)
+                if failed:
+                    found.append((i, failed, passed))
         return found[: DROPPED // 2]
 
     @cached_property
@@ -199,21 +187,6 @@ class Facts:
         """Pictures of the clips and sources that are shown."""
         strips = {source.uri: source.strip for source in self.sources[0]}
         return draw(self.run, list(self.shown.values()), strips)
-
-
-def write_report(run: Run, path: Path | None = None) -> Path:
-    """Write the report of a finished run, by default to report.html in it; returns its path.
-
-    One file of a few megabytes at most, whatever the run's size, that makes no request. Raises
-    `UnimodalError` if the run's settings are not those of this version.
-    """
-    from unimodal.pipeline.report_sections import page
-
-    path = path or run.path / "report.html"
-    text = page(Facts(run))
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-    return path
 
 
 def _spread(rows: np.ndarray, count: int) -> Sheet:

@@ -92,7 +92,7 @@ def histogram(kept: np.ndarray, dropped: np.ndarray, cuts: Sequence[Cut], label:
         at = BASE
         for kind, count in zip(("keep", "drop"), (counts[0][i], counts[1][i]), strict=True):
             if count:
-                tall = max(1.0, (BASE - TOP) * count / tallest)
+                tall = max(2.0, (BASE - TOP) * count / tallest)  # one clip is to be seen
                 at -= tall
                 drawn.append(
                     h(

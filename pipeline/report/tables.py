@@ -1,0 +1,150 @@
+"""The report's tables: captions, quarantine, and how the run was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from unimodal.pipeline.markup import Html, h, join
+from unimodal.pipeline.report.facts import Facts
+from unimodal.pipeline.report.words import cut_off, table
+from unimodal.pipeline.settings import build
+
+QUARANTINED = 200
+"""Rows of the quarantine table that are shown."""
+
+
+def captions(facts: Facts) -> Html | None:
+    column = facts.clips.column("captions").combine_chunks()
+    if not pc.any(pc.greater(pc.list_value_length(column), 0)).as_py():
+        return None
+    has = pc.fill_null(pc.greater(pc.list_value_length(column), 0), False)
+    with_caption = has.to_numpy(zero_copy_only=False) & facts.kept
+    flat = column.filter(pa.array(facts.kept)).flatten()
+    groups = pa.table(
+        {
+            **{name: pc.fill_null(flat.field(name), "") for name in ("style", "lang", "model")},
+            "status": pc.fill_null(flat.field("status"), ""),
+            "length": pc.utf8_length(flat.field("text")),
+        }
+    ).group_by(["style", "lang", "model", "status"])
+    rows = groups.aggregate([("length", "count"), ("length", "mean")]).to_pylist()
+    rows.sort(key=lambda row: (-row["length_count"], row["style"], row["lang"], row["model"]))
+    heads = ("style", "language", "written by", "status", "captions", "characters, mean")
+    kept = int(facts.kept.sum())
+    return Html(
+        h(
+            "p",
+            f"{int(with_caption.sum()):,} of {kept:,} kept clips have a caption.",
+            class_="note",
+        )
+        + table(
+            heads,
+            (
+                (
+                    row["style"],
+                    row["lang"] or "not said",
+                    row["model"] or "people",
+                    row["status"],
+                    f"{row['length_count']:,}",
+                    f"{row['length_mean']:.0f}",
+                )
+                for row in rows[:40]
+            ),
+        )
+    )
+
+
+def quarantine(facts: Facts) -> Html | None:
+    rows = facts.run.quarantine
+    if not rows.num_rows:
+        return None
+    shown = rows.slice(0, QUARANTINED).select(["uri", "stage", "reason"]).to_pylist()
+    reasons = Counter(rows.column("reason").to_pylist())
+    often = [
+        (reason, count) for reason, count in sorted(reasons.items(), key=lambda r: (-r[1], r[0]))
+    ]
+    parts = [h("p", f"{len(shown):,} of {rows.num_rows:,} shown", class_="note")]
+    if rows.num_rows > 20 and len(often) < rows.num_rows:
+        parts.append(table(("reason", "sources"), ((cut_off(r), f"{n:,}") for r, n in often[:12])))
+    parts.append(
+        table(
+            ("source", "stage", "reason"),
+            (
+                (h("bdi", cut_off(facts.name(r["uri"]))), r["stage"], cut_off(r["reason"]))
+                for r in shown
+            ),
+        )
+    )
+    return join(parts)
+
+
+def made(facts: Facts) -> Html:
+    info = facts.info
+    preset, changed = _changed(info["settings"])
+    command = ["unimodal", "curate", *(info.get("inputs") or ["INPUT…"]), "-o", "run"]
+    command += ["--preset", preset] if preset != "best" else []
+    for key, value in changed.items():
+        command += ["--set", f"{key}={value}"]
+    text = " ".join(part if part == "INPUT…" else shlex.quote(part) for part in command)
+    settings = json.dumps(info["settings"], indent=2, ensure_ascii=False)
+    digest = hashlib.sha256(json.dumps(info["settings"], sort_keys=True).encode()).hexdigest()[:16]
+    skipped = [(name, f"skipped: {why}") for name, why in info.get("skipped", {}).items()]
+    return Html(
+        h("p", "The same again:")
+        + h("pre", h("code", text), tabindex=0)
+        + h("p", "One clip in full: ", h("code", "unimodal why run UID"))
+        + h(
+            "div",
+            h(
+                "div",
+                h("h3", "Stages"),
+                table(("stage", "folder"), [*info["stages"].items(), *skipped]),
+            ),
+            h(
+                "div",
+                h("h3", "Versions"),
+                table(("library", "version"), info.get("versions", {}).items()),
+            ),
+            class_="columns",
+        )
+        + h(
+            "details",
+            h("summary", f"All settings (digest {digest})"),
+            h("pre", h("code", settings), tabindex=0),
+        )
+    )
+
+
+def _changed(settings: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """The preset that settings are nearest to, and what differs from it, as --set writes it."""
+    from unimodal.pipeline.presets import PRESETS, CurateSettings
+
+    def flat(group: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in group.items():
+            found |= (
+                flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            )
+        return found
+
+    mine = flat(settings)
+    best: tuple[str, dict[str, str]] | None = None
+    for name, layer in PRESETS.items():
+        base = flat(build(CurateSettings, layer).model_dump(mode="json"))
+        differ = {k: _toml(v) for k, v in mine.items() if k not in base or base[k] != v}
+        if best is None or len(differ) < len(best[1]):
+            best = name, differ
+    assert best is not None
+    return best
+
+
+def _toml(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from unimodal.cli import curate, demo, sample, tokenize, train, train_tokenizer
+from unimodal.cli import curate, demo, export, sample, stages, tokenize, train, train_tokenizer, why
 
 app = typer.Typer(
     name="unimodal",
@@ -23,6 +23,10 @@ app.command("curate")(curate.curate)
 app.command("tokenize")(tokenize.tokenize)
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
+for stage in ("cut", "flow", "text", "score", "dedup", "decide", "caption", "report"):
+    app.command(stage, rich_help_panel="Stages of curate")(getattr(stages, stage))
+app.command("why")(why.why)
+app.add_typer(export.app, name="export")
 app.command("train-tokenizer")(train_tokenizer.train_tokenizer)
 app.command("demo")(demo.demo)
 

@@ -16,18 +16,32 @@ if TYPE_CHECKING:
 
 
 def curate(
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders and globs of media.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders, globs, tables of paths, WebDataset tars, s3://…"),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run directory.")] = Path("run"),
     preset: options.Preset = "best",
     sets: options.Sets = None,
     captions: Annotated[
         Path | None,
-        typer.Option("--captions", help="JSONL or CSV with the columns path and caption."),
+        typer.Option("--captions", help="Table (csv, jsonl, parquet) with columns path and caption."),
     ] = None,
     engine: Annotated[Engine, typer.Option("--engine", help="Where the work runs.")] = Engine.auto,
     address: options.Address = None,
     workers: options.Workers = None,
     limit: options.Limit = None,
+    sample: Annotated[
+        str | None, typer.Option("--sample", help="Only this share of the inputs, as 1%.")
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare contents, not only size and modification time."),
+    ] = False,
+    retry: Annotated[
+        bool,
+        typer.Option("--retry-quarantined", help="Do parts with unreadable files again."),
+    ] = False,
     plan: options.Plan = False,
     strict: options.Strict = False,
     json: options.Json = False,
@@ -41,15 +55,13 @@ def curate(
     """
     from unimodal.cli import console
     from unimodal.pipeline import presets, run
-    from unimodal.pipeline.errors import UnimodalError, UsageError
     from unimodal.pipeline.settings import build
 
-    if preset not in presets.PRESETS:
-        raise UsageError(f"no preset {preset}: there are {', '.join(presets.PRESETS)}")
-    settings = build(presets.CurateSettings, presets.PRESETS[preset], sets=sets or [])
+    settings = build(presets.CurateSettings, presets.preset_layer(preset), sets=sets or [])
     sources = [console.from_stdin(item) for item in inputs]
+    fraction = _fraction(sample)
     if plan:
-        _plan(sources, settings, limit, engine.value, address, json)
+        _plan(sources, out, settings, limit, fraction, engine.value, address, workers, json)
         return
     made = run.curate(
         sources,
@@ -60,54 +72,95 @@ def curate(
         address=address,
         progress=console.progress(quiet),
         limit=limit,
+        fraction=fraction,
         captions=captions,
+        verify=verify,
+        retry_quarantined=retry,
     )
+    tell_result(made, json, quiet)
+    if strict and made.quarantined:
+        raise typer.Exit(3)
+
+
+def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
+    """Print a run's totals and warnings for people, its path for programs."""
+    from unimodal.cli import console
+    from unimodal.pipeline.decide import advice
+    from unimodal.pipeline.errors import UnimodalError
+
     record = {"kept": made.kept, "dropped": made.dropped, "quarantined": made.quarantined}
     reasons = _reasons(made)
     if not made.clips.num_rows:
         raise UnimodalError(
             f"no input could be read ({made.quarantined} quarantined): see "
-            f"{out / 'quarantine.parquet'} for the reason of each"
+            f"{made.path / 'quarantine.parquet'} for the reason of each"
         )
-    console.table(f"clips in {out}", [*record.items(), *reasons], quiet)
+    console.table(f"clips in {made.path}", [*record.items(), *reasons], quiet)
+    tell = console.progress(quiet)
+    for name, why in made.info["skipped"].items():
+        if "switched off" not in why:
+            tell.note(f"{name} was skipped: {why}")
+    for line in advice(made.clips, made.settings.decide):
+        tell.note(line)
     if not made.kept:
-        console.progress(quiet).note(
-            "nothing was kept; loosen a rule, for example --set decide.flow_min=none"
-        )
-    console.result(out, {**record, "dropped_by": dict(reasons)}, json)
-    if strict and made.quarantined:
-        raise typer.Exit(3)
+        tell.note("nothing was kept; loosen a rule, for example --set decide.flow_min=none")
+    console.result(made.path, {**record, "dropped_by": dict(reasons)}, as_json)
 
 
 def _reasons(made: Run) -> list[tuple[str, int]]:
     """How many clips are dropped by rules on each column."""
     from collections import Counter
 
-    reasons = made.clips.column("reasons").to_pylist()
+    dropped = made.clips.filter(made.clips.column("verdict").to_numpy() == "drop")
+    reasons = dropped.column("reasons").to_pylist()
     rules = [{r.split(":")[1].split("=")[0] for r in row or []} for row in reasons]
     counts = Counter(f"dropped by {rule}" for row in rules for rule in row)
     return counts.most_common()
 
 
+def _fraction(text: str | None) -> float | None:
+    from unimodal.pipeline.errors import UsageError
+
+    if text is None:
+        return None
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise UsageError(f"--sample {text}: write a share, as 1% or 0.01")
+    return number
+
+
 def _plan(
     inputs: list[str],
+    out: Path,
     settings: CurateSettings,
     limit: int | None,
+    fraction: float | None,
     engine: str,
     address: str | None,
+    workers: int | None,
     as_json: bool,
 ) -> None:
     from unimodal.cli import console
     from unimodal.pipeline.engine import choose
-    from unimodal.pipeline.inputs import list_sources
-    from unimodal.pipeline.parts import group
+    from unimodal.pipeline.forecast import forecast, wall_s
+    from unimodal.pipeline.inputs import list_inputs
 
-    sources = list_sources(inputs, limit)
+    sources = list_inputs(inputs, limit=limit, fraction=fraction).sources
+    found = forecast(sources, out, settings)
     record = {
-        "sources": len(sources),
-        "bytes": sum(source.size for source in sources),
-        "parts": len(group(sources, settings.parts)),
+        "sources": found.sources,
+        "bytes": found.bytes,
+        "images": found.images,
+        "video seconds": found.video_s,
+        "unreadable": found.unreadable,
+        "parts": found.parts,
         "engine": choose(engine, address),
-        "stages": "watch, caption, decide",
+        **{f"stage {name}": state for name, state in found.stages},
+        "CPU seconds": found.cpu_s,
+        "wall seconds": round(wall_s(found, workers), 1),
+        "disk bytes": found.disk_bytes,
     }
-    console.plan("would curate", record, as_json)
+    console.plan("would curate (lengths and times are estimates)", record, as_json)

@@ -10,7 +10,7 @@ its ids, and every join in the pipeline is by uid. For an image the video-only c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -183,3 +183,13 @@ def write_parquet(rows: pa.Table, path: Path, metadata: Mapping[str, str] | None
         rows = rows.replace_schema_metadata(dict(metadata))
     with atomic(path) as temporary:
         pq.write_table(rows, temporary, compression="zstd", use_dictionary=True)
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a file that `write_parquet` wrote, or some columns of it.
+
+    Without the dataset machinery of `pyarrow.parquet.read_table`, which costs more than most of
+    our files.
+    """
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=None if columns is None else list(columns))

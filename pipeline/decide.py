@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import field_validator
 
 from unimodal.pipeline.clips import CLIPS
 from unimodal.pipeline.errors import UsageError
@@ -91,12 +90,6 @@ class DecideSettings(Settings):
     """Drop a clip when a better one of its group of near-duplicates is kept."""
     extra: tuple[str, ...] = ()
     """More rules, as "video: colorfulness > 5", "image: …" or "any: …" over the clip columns."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        """On a command line, None is written "none"."""
-        return None if value == "none" else value
 
 
 @dataclass(frozen=True)

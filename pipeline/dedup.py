@@ -316,7 +316,9 @@ class _Cosine:
 
     def __init__(self, uids: pa.Array, embeddings: pa.Table, cosine: float) -> None:
         self._cosine = cosine
-        vectors = embeddings.filter(pc.is_valid(embeddings.column("embedding")))
+        vectors = embeddings
+        if vectors.column("embedding").null_count:
+            vectors = vectors.filter(pc.is_valid(vectors.column("embedding")))
         self._vectors = _matrix(vectors.column("embedding"))
         self._scale = np.sqrt(np.einsum("nd,nd->n", self._vectors, self._vectors))
         row = pc.fill_null(pc.index_in(uids, vectors.column("uid").combine_chunks()), -1)

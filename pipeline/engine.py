@@ -15,11 +15,13 @@ import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.supervise import Patience, Supervised
-from unimodal.pipeline.watch import Tell
+from unimodal.pipeline.tell import Tell
 from unimodal.pipeline.worker import Job, do
 
 Engine = Literal["auto", "inline", "local", "ray"]
@@ -58,14 +60,29 @@ def run_jobs(
 
 
 def _local(jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int) -> None:
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if gpus and any(step.model for job in jobs for step in job.steps):
+        # A model per process would fill the GPU with copies: first everybody decodes, then a
+        # process per GPU runs the models.
+        light = [replace(job, steps=[s for s in job.steps if not s.model]) for job in jobs]
+        _pool([job for job in light if job.steps], tell, patience, workers, [])
+        heavy = [replace(job, steps=[s for s in job.steps if s.model]) for job in jobs]
+        _pool([job for job in heavy if job.steps], tell, patience, gpus, list(range(gpus)))
+    else:
+        _pool(jobs, tell, patience, workers, [])
+
+
+def _pool(
+    jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int, gpus: Sequence[int]
+) -> None:
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
     workers = min(workers, len(jobs))
     # With fewer parts than processors, as for one long video, each decoder takes several.
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    failures: list[Exception] = []
-    crew = [Supervised(patience) for _ in range(workers)]
+    threads = max(1, (os.cpu_count() or 1) // max(1, workers))
+    failures: list[BaseException] = []
+    crew = [Supervised(patience, gpu=gpus[i] if gpus else None) for i in range(workers)]
 
     def drive(worker: Supervised) -> None:
         try:
@@ -73,8 +90,10 @@ def _local(jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int) ->
                 worker.do(replace(waiting.get_nowait(), threads=threads), tell)
         except queue.Empty:
             pass
-        except Exception as error:
+        except BaseException as error:
             failures.append(error)
+            for other in crew:  # what they are at is lost anyway if this is a full disk
+                other.stop()
         finally:
             worker.close()
 
@@ -107,18 +126,27 @@ def _ray(
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        rows = [{"job": job.text(), "patience": patience.model_dump_json()} for job in jobs]
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        rows = [
+            {"job": job.text(), "patience": patience.model_dump_json(), "failed": "", "seen": "[]"}
+            for job in jobs
+        ]
         # A block per part: a part is the unit of scheduling, and of retry when a node is lost.
         parts = ray.data.from_items(rows, override_num_blocks=len(rows))
         pool = ray.data.TaskPoolStrategy(size=min(workers, len(rows)) if workers else None)
-        done = parts.map(_ray_part, num_cpus=1, compute=pool)
+        heavy = gpus > 0 and any(step.model for job in jobs for step in job.steps)
+        task = partial(_ray_part, models=False if heavy else None)
+        done = parts.map(task, num_cpus=1, compute=pool)
+        if heavy:  # while some parts are decoded, others are at the models already
+            actors = ray.data.ActorPoolStrategy(size=min(gpus, len(rows)))
+            done = done.map(_RayModels, num_cpus=0, num_gpus=1, compute=actors)  # type: ignore[arg-type]
         for row in done.iter_rows():
             if row["failed"]:
                 raise UnimodalError(row["failed"])
-            for uri, seconds in json.loads(row["sources"]):
-                tell.source(uri)
+            for stage, thing, seconds, why in json.loads(row["seen"]):
+                tell.begin(stage, thing)
                 tell.seconds(seconds)
-                tell.done(uri)
+                tell.done(stage, thing, why)
     except ray.exceptions.RayError as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnimodalError(
@@ -164,24 +192,43 @@ _IN_RAY: dict[str, Supervised] = {}
 """The worker process of this Ray worker, kept from part to part; it ends with its parent."""
 
 
-def _ray_part(row: dict[str, Any]) -> dict[str, Any]:
-    """One part inside a Ray task. Errors come back as rows: an exception would end the run."""
+def _ray_part(row: dict[str, Any], models: bool | None) -> dict[str, Any]:
+    """The steps of one part inside a Ray task: with models only, without them, or all (None).
+
+    Errors come back as rows: an exception would end the run.
+    """
+    if row["failed"]:
+        return row
     worker = _IN_RAY.setdefault(
         row["patience"], Supervised(Patience.model_validate_json(row["patience"]))
     )
-    seen: dict[str, float] = {}
-    at = [""]
+    seen: dict[tuple[str, str], list[Any]] = {}  # a thing that is tried again is told of once
+    at: list[tuple[str, str]] = []
 
-    def begin(uri: str) -> None:
-        at[0] = uri
-        seen[uri] = 0.0
+    def begin(stage: str, thing: str) -> None:
+        at[:] = [(stage, thing)]
+        seen[stage, thing] = [0.0, ""]
 
     def add(seconds: float) -> None:
-        seen[at[0]] += seconds
+        if at:
+            seen[at[0]][0] += seconds
 
+    def done(stage: str, thing: str, why: str) -> None:
+        seen.setdefault((stage, thing), [0.0, ""])[1] = why
+
+    job = Job.parse(row["job"])
+    job.steps = [step for step in job.steps if models is None or step.model == models]
     failed = ""
     try:
-        worker.do(Job(**json.loads(row["job"])), Tell(source=begin, seconds=add))
+        worker.do(job, Tell(begin, add, done))
     except Exception as error:
         failed = str(error) or type(error).__name__
-    return {"failed": failed, "sources": json.dumps(sorted(seen.items()))}
+    told = json.loads(row["seen"]) + [[*thing, *found] for thing, found in seen.items()]
+    return {**row, "failed": failed, "seen": json.dumps(told)}
+
+
+class _RayModels:
+    """An actor that holds a GPU, and the models in its worker process, from part to part."""
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return _ray_part(row, models=True)

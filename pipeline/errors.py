@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UnimodalError(Exception):
     """A problem that the user can mend; shown as one line, without a traceback.
@@ -24,3 +26,21 @@ class MediaError(UnimodalError):
     def __init__(self, reason: str, path: object = None) -> None:
         super().__init__(reason if path is None else f"{path}: {reason}")
         self.reason = reason
+
+
+def reason(error: Exception) -> str:
+    """What to tell the user of a source or clip that failed, without its path, on one line."""
+    if isinstance(error, MediaError):
+        return error.reason
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
+    return f"{type(error).__name__}: {error}".splitlines()[0][:500]
+
+
+def full_disk(error: Exception, folder: object) -> UnimodalError | None:
+    """What to tell the user if `error` says that there is no space for `folder`, else None."""
+    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return UnimodalError(
+        f"{folder}: the disk is full; free some space and run the same command again"
+    )

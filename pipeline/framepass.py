@@ -70,10 +70,13 @@ def watch_frames(
     video: Video,
     observers: Sequence[Observer],
     tick: Callable[[float], None] | None = None,
+    span: tuple[int, int, int] | None = None,
 ) -> Timeline:
     """Decode `video` once and show its frames to `observers`.
 
-    `tick` is told the seconds of video that went by, about twice a second of them. Raises
+    `tick` is told the seconds of video that went by, about twice a second of them. With `span`
+    (start PTS, end PTS, PTS of the source's first frame), a video that stands at a key frame
+    before it is shown from start to end only, sampled at the times of a pass over the whole. Raises
     `MediaError` if the video breaks off or is damaged.
     """
     pts: list[int] = []
@@ -82,15 +85,22 @@ def watch_frames(
     told = 0.0
     with one_opencv_thread():
         for index, frame in enumerate(video.frames()):
-            if not pts:
-                first_pts = frame.pts
-            pts.append(frame.pts)
-            duration = frame.duration
+            if span is not None and frame.pts >= span[1]:
+                break
+            if index == 0:
+                first_pts = frame.pts if span is None else span[2]
+                # The grid goes on where the frame before this one left it.
+                before = float((frame.pts - first_pts) * video.time_base) - 1 / (video.probe.fps or 25)
+                due = {rate: max(0, math.floor(before * rate) + 1) / rate for rate in due}
             seconds = float((frame.pts - first_pts) * video.time_base)
             # Sampling follows the clock, on the grid k / fps, whatever the frame rate does.
             now = {rate for rate, at in due.items() if seconds + 1e-6 >= at}
             for rate in now:
                 due[rate] = (math.floor((seconds + 1e-6) * rate) + 1) / rate
+            if span is not None and frame.pts < span[0]:
+                continue
+            pts.append(frame.pts)
+            duration = frame.duration
             _show(video, frame, index, seconds, observers, now)
             if tick is not None and seconds - told >= 0.5:
                 tick(seconds - told)
@@ -100,7 +110,8 @@ def watch_frames(
     if duration <= 0:
         duration = _usual_step(pts, video)
     timeline = Timeline(np.asarray(pts, dtype=np.int64), pts[-1] + duration, video.time_base)
-    video.check_complete(first_pts, timeline.end_pts)
+    if span is None:
+        video.check_complete(first_pts, timeline.end_pts)
     if tick is not None:
         tick(timeline.seconds(timeline.end_pts) - told)
     return timeline

@@ -1,4 +1,4 @@
-"""Read back the pictures that the shared decode has stored, so that no stage opens a video again."""
+"""Read back the pictures that the shared decode stored, so that no stage opens a video again."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from unimodal.pipeline.clips import WATCH
+from unimodal.pipeline.clips import read_parquet
 from unimodal.pipeline.errors import MediaError
 from unimodal.pipeline.stage import PartFiles
 
@@ -55,10 +54,22 @@ def read_clips(folder: Path, part: str) -> Iterator[Clip]:
     `folder` is a watch stage's. Raises `MediaError` if the tar does not hold what the rows say.
     """
     files = PartFiles(folder, part)
-    rows = pq.read_table(files.rows, schema=WATCH).to_pylist()
+    rows = read_parquet(files.rows).to_pylist()
     with tarfile.open(files.frames) as tar:
         for row in sorted(rows, key=lambda row: row["uid"]):
             yield Clip(row, tuple(_samples(tar, row, files.frames)))
+
+
+def read_clip(tar: tarfile.TarFile, row: Mapping[str, Any]) -> Clip:
+    """One clip by name from an opened frames tar; raises `KeyError` if it is not in there."""
+    samples = []
+    for sample in row["samples"]:
+        file = tar.extractfile(sample["member"])
+        if file is None:
+            raise KeyError(sample["member"])
+        flags = sample["keyframe"], sample["scoring"]
+        samples.append(Sample(sample["time_s"], *flags, sample["hash"], file.read()))
+    return Clip(row, tuple(samples))
 
 
 def _samples(tar: tarfile.TarFile, row: Mapping[str, Any], path: Path) -> Iterator[Sample]:

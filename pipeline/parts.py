@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from unimodal.pipeline.clips import table, write_parquet
+from unimodal.pipeline.clips import read_parquet, table, write_parquet
 from unimodal.pipeline.inputs import Source
 from unimodal.pipeline.settings import Settings
 
@@ -134,9 +133,9 @@ def read_parts(path: Path) -> list[Part]:
         return []
     sources: dict[str, dict[str, Source]] = {}
     members: dict[str, int] = {}
-    rows = pq.read_table(path, schema=SCHEMA).to_pylist()
+    rows = read_parquet(path).to_pylist()
     for row in rows:
-        size, time, etag = row["size"], row["mtime_ns"], row["etag"]
+        size, time, etag = row["size"], row["mtime_ns"], row.get("etag")
         source = Source(row["uri"], size, time, row["sha256"], etag=etag)
         mine = sources.setdefault(row["part"], {})
         members[row["part"]] = row["members"]

@@ -35,7 +35,7 @@ S = TypeVar("S", bound=Settings)
 def build(cls: type[S], *layers: Mapping[str, Any], sets: Iterable[str] = ()) -> S:
     """Merge `layers` (later wins) and `key.sub=value` strings into a `cls`.
 
-    Values of `sets` are read as TOML (`3`, `0.5`, `true`, `[1, 2]`), else as plain text.
+    Values of `sets` are read as TOML (`3`, `0.5`, `true`, `[1, 2]`), `none` as None, else as text.
     Raises `UsageError` that lists every problem; an unknown key names the nearest valid one.
     """
     merged: dict[str, Any] = {}
@@ -81,6 +81,8 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
 
 
 def _value(text: str) -> Any:
+    if text == "none":  # TOML has no word for it
+        return None
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:

@@ -1,9 +1,9 @@
 """A worker process that may die: it is replaced, and the file that did it is set aside.
 
 libav is fast and old; a broken file can crash it or hang it. The supervisor knows from the
-worker's events which source it is at. A worker that dies is tried once more on the same part, as
-the machine may have killed it; when it dies on the same source again, or falls silent, that
-source is quarantined and the rest of the part goes on.
+worker's events which source it is at (or, in a stage after the decode, which clip). A worker that
+dies is tried once more on the same part, as the machine may have killed it; when it dies on the
+same source again, or falls silent, that source is quarantined and the rest of the part goes on.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.settings import Settings
-from unimodal.pipeline.watch import Tell
+from unimodal.pipeline.tell import Tell
 from unimodal.pipeline.worker import Job
 
 
 class Patience(Settings):
-    """When a worker counts as stuck; no part of a result, so a change repeats no work."""
+    """When to give up on a file, a worker or the whole run; a change repeats no work."""
 
     stall_s: float = 120.0
     """Seconds without any sign of progress."""
@@ -35,6 +35,11 @@ class Patience(Settings):
     """Seconds for one source, however alive."""
     deaths: int = 2
     """A source on which so many workers died is quarantined."""
+    failures: float = 0.5
+    """Share of the sources that may fail before the run stops, as it does when a disk is gone;
+    1 never stops."""
+    failures_least: int = 50
+    """Failed sources below which it goes on whatever their share."""
 
 
 START_S = 120.0
@@ -42,10 +47,11 @@ START_S = 120.0
 
 
 class Supervised:
-    """One worker process after another, doing one job at a time."""
+    """One worker process after another, doing one job at a time, on one `gpu` if it is given."""
 
-    def __init__(self, patience: Patience) -> None:
+    def __init__(self, patience: Patience, gpu: int | None = None) -> None:
         self._patience = patience
+        self._gpu = gpu
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = b""
         self._errors: Any = None
@@ -77,6 +83,7 @@ class Supervised:
                 )
             if culprit and (final or deaths[culprit] >= self._patience.deaths):
                 poison[culprit] = reason
+            job = replace(job, one_by_one=True)
 
     def stop(self) -> None:
         """End the worker from another thread; `do` raises there."""
@@ -98,7 +105,7 @@ class Supervised:
             self._errors = None
 
     def _attempt(self, job: Job, tell: Tell) -> tuple[str, str | None, bool]:
-        """One try: (source at fault or "", reason or None when done, whether to give it up)."""
+        """One try: (stage:thing at fault or "", reason or None if done, whether to give it up)."""
         source = ""
         fresh = self._process is None or self._process.poll() is not None
         try:
@@ -123,13 +130,13 @@ class Supervised:
                     return source, f"no progress for {stall:g} s", True
                 return source, f"not done after {self._patience.source_s:g} s", True
             heard, stall = now, self._patience.stall_s
-            if "source" in event:
-                source, since = event["source"], now
-                tell.source(source)
+            if "begin" in event:
+                source, since = ":".join(event["begin"]), now
+                tell.begin(*event["begin"])
             elif "seconds" in event:
                 tell.seconds(event["seconds"])
             elif "done" in event:
-                tell.done(event["done"])
+                tell.done(*event["done"])
                 source, since = "", now
             elif "failed" in event:
                 raise UnimodalError(event["failed"])
@@ -141,11 +148,15 @@ class Supervised:
             self.close()
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
             self._pending = b""
+            environment = dict(os.environ)
+            if self._gpu is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = str(self._gpu)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "unimodal.pipeline.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
+                env=environment,
             )
         return self._process
 

@@ -1,11 +1,12 @@
-"""The joined view: columns of all stages, captions and verdicts, as one table of clips.
+"""The joined view: the columns of all stages, captions and verdicts, as one table of clips.
 
-It is made again only when one of the folders that it is made of has changed.
+Joins are by uid, and whole columns at a time: a million clips are joined in seconds. Sources whose
+bytes turn out to be equal only when they are read (objects of a bucket, members of tars) become
+aliases of the first of them here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,136 +15,182 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unimodal.pipeline import caption, decide
-from unimodal.pipeline.clips import CAPTION, CLIPS, QUARANTINE, WATCH, table, write_parquet
-from unimodal.pipeline.parts import Part, digest
-from unimodal.pipeline.presets import CurateSettings
+from unimodal.pipeline import caption
+from unimodal.pipeline.clips import (
+    CAPTION,
+    CLIPS,
+    QUARANTINE,
+    WATCH,
+    read_parquet,
+    table,
+    write_parquet,
+)
+from unimodal.pipeline.parts import Part
 from unimodal.pipeline.progress import Progress
-from unimodal.pipeline.stage import PartFiles, Stage
+from unimodal.pipeline.stage import PartFiles
+
+Sidecars = Mapping[str, Sequence[tuple[str, int, int | str]]]
 
 
-def write_view(
-    out: Path,
-    parts: Sequence[Part],
-    stage: Stage,
-    settings: CurateSettings,
-    given: caption.Given,
-    progress: Progress,
-) -> dict[str, str]:
-    """Write clips.parquet and quarantine.parquet of the run `out`.
+def live_rows(folder: Path, parts: Sequence[Part]) -> pa.Table:
+    """Rows of the watch stage whose source is still an input, with the columns part and aliases.
 
-    Returns the folder of every stage that they were made of. Raises `UsageError` for a rule that
-    does not evaluate.
+    Sorted by uri, then start_pts. `folder` is the stage's.
     """
-    uris = [uri for p in parts for s in p.sources for uri in (s.uri, *s.aliases)]
-    sidecars = caption.find_sidecars(uris, settings.caption.sidecar)
-    lying = hashlib.sha256(json.dumps(sorted(sidecars.items())).encode()).hexdigest()
-    live = digest(parts)
-    captions = Stage(
-        "caption",
-        caption.VERSION,
-        settings.caption.digest(),
-        (stage.folder, live, lying, given.digest()),
-    )
-    verdicts = Stage(
-        "decide", decide.VERSION, settings.decide.digest(), (stage.folder, live, captions.folder)
-    )
-    folders = {s.name: s.folder for s in (stage, captions, verdicts)}
-    view, quarantine = out / "clips.parquet", out / "quarantine.parquet"
-    made_of = json.dumps(folders, sort_keys=True)
-    if _made_of(view) == _made_of(quarantine) == made_of:
-        return folders
-    clips = _live_rows(out / stage.folder, parts)
-    clips, sick = _with_captions(clips, parts, given, sidecars, out / captions.folder)
-    verdict_file = out / verdicts.folder / "verdicts.parquet"
-    if not verdict_file.exists():
-        write_parquet(decide.decide(clips, settings.decide), verdict_file)
-    judged = {row["uid"]: row for row in pq.read_table(verdict_file).to_pylist()}
-    uids = clips.column("uid").to_pylist()
-    for name in ("verdict", "reasons"):
-        column = pa.array([judged[uid][name] for uid in uids], type=CLIPS.field(name).type)
-        clips = clips.append_column(name, column)
-    refused = [*_quarantined(out / stage.folder, parts), *sick]
-    for row in refused[:20]:
-        progress.note(f"quarantined {row['uri']}: {row['reason']}")
-    if len(refused) > 20:
-        progress.note(f"… and {len(refused) - 20} more, see {quarantine}")
-    mark = {"unimodal.made_of": made_of}
-    write_parquet(table(refused, QUARANTINE), quarantine, mark)
-    for name in CLIPS.names:
-        if name not in clips.column_names:  # its stage was not asked for
-            kind = CLIPS.field(name).type
-            clips = clips.append_column(name, pa.nulls(clips.num_rows, kind))
-    write_parquet(clips.select(CLIPS.names).cast(CLIPS), view, mark)
-    return folders
-
-
-def _live_rows(folder: Path, parts: Sequence[Part]) -> pa.Table:
-    """Rows of all parts whose source is still an input, with the columns part and aliases."""
     tables = []
+    aliases: dict[str, set[str]] = {}
     for part in parts:
-        rows = pq.read_table(PartFiles(folder, part.name).rows, schema=WATCH)
-        aliases = {source.uri: sorted(source.aliases) for source in part.sources}
+        rows = read_parquet(PartFiles(folder, part.name).rows)
+        aliases |= {s.uri: set(s.aliases) for s in part.sources if s.aliases}
         if len(part.sources) < part.members:
-            rows = rows.filter(pc.is_in(rows.column("uri"), pa.array(list(aliases), pa.string())))
-        uris = rows.column("uri").to_pylist()
-        column = pa.array([aliases[uri] for uri in uris], type=CLIPS.field("aliases").type)
-        rows = rows.append_column("part", pa.array([part.name] * len(uris), pa.string()))
-        tables.append(rows.append_column("aliases", column))
-    rows = pa.concat_tables(tables)
-    return rows.sort_by([("uri", "ascending"), ("start_pts", "ascending")]).combine_chunks()
+            live = pa.array([source.uri for source in part.sources], pa.string())
+            rows = rows.filter(pc.is_in(rows.column("uri"), live))
+        names = pa.array([part.name] * rows.num_rows, pa.string())
+        tables.append(rows.append_column("part", names))
+    rows = pa.concat_tables(tables) if tables else _no_rows()
+    rows = rows.sort_by([("uri", "ascending"), ("start_pts", "ascending")]).combine_chunks()
+    rows = _collapse(rows, aliases)
+    kind = CLIPS.field("aliases").type
+    if aliases:
+        lists = [sorted(aliases.get(uri, ())) for uri in rows.column("uri").to_pylist()]
+        return rows.append_column("aliases", pa.array(lists, type=kind))
+    return rows.append_column("aliases", _empty_lists(rows.num_rows, kind))
 
 
-def _with_captions(
-    clips: pa.Table,
-    parts: Sequence[Part],
-    given: caption.Given,
-    sidecars: Mapping[str, Sequence[tuple[str, int, int]]],
-    folder: Path,
+def with_columns(rows: pa.Table, files: Sequence[Path], schema: pa.Schema) -> pa.Table:
+    """`rows` with the columns of `schema` joined by uid from Parquet files that have a uid too."""
+    names = schema.names
+    if not files:
+        for name in names:
+            rows = rows.append_column(name, pa.nulls(rows.num_rows, schema.field(name).type))
+        return rows
+    found = pa.concat_tables([read_parquet(file, columns=["uid", *names]) for file in files])
+    return join(rows, found.combine_chunks(), schema)
+
+
+def join(rows: pa.Table, found: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`rows` with the columns of `schema` from `found`, by uid; null where `found` has no row."""
+    where = pc.index_in(rows.column("uid"), found.column("uid").combine_chunks())
+    for field in schema:
+        column = found.column(field.name).combine_chunks().cast(field.type)
+        rows = rows.append_column(field.name, column.take(where.combine_chunks()))
+    return rows
+
+
+def part_files(folder: Path, parts: Sequence[Part]) -> list[Path]:
+    """The committed rows of all parts in a stage's folder."""
+    return [PartFiles(folder, part.name).rows for part in parts]
+
+
+def with_captions(
+    clips: pa.Table, parts: Sequence[Part], given: caption.Given, sidecars: Sidecars
 ) -> tuple[pa.Table, list[dict[str, str]]]:
     """Clips with the columns captions and meta, and quarantine rows for sidecars that are sick."""
     texts: dict[str, list[caption.Caption]] = {}
     meta: dict[str, dict[str, str]] = {}
-    sick: list[dict[str, str]] = []
+    unread = "this caption file cannot be read: "
+    sick = [
+        {"uri": uri, "stage": "caption", "reason": unread + why}
+        for uri, why in sorted(given.sick.items())
+    ]
     for part in parts:
         for source in part.sources:
             found: list[caption.Caption] = []
             names = (source.uri, *source.aliases)
             for uri in names:
                 found += given.captions.get(uri, [])
-                meta.setdefault(source.uri, given.meta.get(uri, {}))
+                if uri in given.meta:
+                    meta.setdefault(source.uri, given.meta[uri])
             for uri in names:
                 for path, _, _ in sidecars.get(uri, []):
                     try:
-                        found += caption.read_sidecar(Path(path))
+                        found += caption.read_sidecar(path)
                     except (OSError, ValueError) as error:
-                        reason = f"this caption file cannot be read: {error}"
+                        reason = f"{unread}{error}"
                         sick.append({"uri": path, "stage": "caption", "reason": reason})
-            texts[source.uri] = found
-    spans = clips.select(["uid", "uri", "start_s", "end_s"]).to_pylist()
-    rows = [caption.for_clip(texts[clip["uri"]], clip["start_s"], clip["end_s"]) for clip in spans]
-    column = pa.array(rows, type=pa.list_(CAPTION))
-    file = folder / "captions.parquet"
-    if not file.exists():
-        write_parquet(pa.table({"uid": clips.column("uid"), "captions": column}), file)
-    along = [list(meta[clip["uri"]].items()) for clip in spans]
-    clips = clips.append_column("captions", column)
-    return clips.append_column("meta", pa.array(along, type=CLIPS.field("meta").type)), sick
+            if found:
+                texts[source.uri] = found
+    kinds = pa.list_(CAPTION), CLIPS.field("meta").type
+    columns = [_empty_lists(clips.num_rows, kind) for kind in kinds]
+    if texts:
+        spans = clips.select(["uri", "start_s", "end_s"]).to_pylist()
+        rows = [
+            caption.for_clip(texts.get(clip["uri"], ()), clip["start_s"], clip["end_s"])
+            for clip in spans
+        ]
+        columns[0] = pa.array(rows, type=kinds[0])
+    if meta:
+        uris = clips.column("uri").to_pylist()
+        columns[1] = pa.array([list(meta.get(uri, {}).items()) for uri in uris], type=kinds[1])
+    clips = clips.append_column("captions", columns[0])
+    return clips.append_column("meta", columns[1]), sick
 
 
-def _quarantined(folder: Path, parts: Sequence[Part]) -> list[dict[str, str]]:
+def quarantined(folders: Sequence[Path], parts: Sequence[Part]) -> list[dict[str, str]]:
+    """What the parts could not read in any of the stages' folders."""
     rows = []
-    for part in parts:
-        file = PartFiles(folder, part.name).quarantine
-        if file.exists():
-            live = {source.uri for source in part.sources}
-            rows += [r for r in pq.read_table(file).to_pylist() if r["uri"] in live]
-    return sorted(rows, key=lambda row: row["uri"])
+    for folder in folders:
+        for part in parts:
+            file = PartFiles(folder, part.name).quarantine
+            if file.exists():
+                live = {source.uri for source in part.sources}
+                rows += [r for r in read_parquet(file).to_pylist() if r["uri"] in live]
+    return sorted(rows, key=lambda row: (row["uri"], row["stage"], row["reason"]))
+
+
+def write_view(
+    out: Path,
+    clips: pa.Table,
+    refused: Sequence[dict[str, str]],
+    made_of: str,
+    progress: Progress,
+) -> None:
+    """Write clips.parquet and quarantine.parquet of the run `out`, marked with what they are of."""
+    view, quarantine = out / "clips.parquet", out / "quarantine.parquet"
+    for row in refused[:20]:
+        progress.note(f"quarantined {row['uri']}: {row['reason']}")
+    if len(refused) > 20:
+        progress.note(f"… and {len(refused) - 20} more, see {quarantine}")
+    mark = {"unimodal.made_of": made_of}
+    write_parquet(table(refused, QUARANTINE), quarantine, mark)
+    write_parquet(clips.select(CLIPS.names).cast(CLIPS), view, mark)
+
+
+def is_made_of(out: Path, made_of: str) -> bool:
+    """Whether both tables of the run `out` are there and of this."""
+    return all(_made_of(out / name) == made_of for name in ("clips.parquet", "quarantine.parquet"))
+
+
+def made_of(folders: Mapping[str, str]) -> str:
+    """The mark of a view that is made of these stage folders."""
+    return json.dumps(folders, sort_keys=True)
 
 
 def _made_of(path: Path) -> str | None:
-    """The folders that a view was made of, from the file's own metadata."""
     if not path.exists():
         return None
     marks = pq.read_schema(path).metadata or {}
     return marks.get(b"unimodal.made_of", b"").decode()
+
+
+def _collapse(rows: pa.Table, aliases: dict[str, set[str]]) -> pa.Table:
+    """Leave out the rows of sources with the bytes of an earlier one, and note their names."""
+    pairs = rows.select(["source_sha256", "uri"]).group_by(["source_sha256", "uri"]).aggregate([])
+    if len(pc.unique(pairs.column("source_sha256"))) == pairs.num_rows:
+        return rows
+    first: dict[str, str] = {}
+    copies: list[str] = []
+    for pair in pairs.sort_by([("uri", "ascending")]).to_pylist():
+        kept = first.setdefault(pair["source_sha256"], pair["uri"])
+        if kept != pair["uri"]:
+            copies.append(pair["uri"])
+            aliases.setdefault(kept, set()).update({pair["uri"], *aliases.get(pair["uri"], ())})
+    return rows.filter(pc.invert(pc.is_in(rows.column("uri"), pa.array(copies, pa.string()))))
+
+
+def _empty_lists(count: int, kind: pa.DataType) -> pa.Array:
+    return pa.array([[]], type=kind).take(pa.array([0] * count, pa.int32()))
+
+
+def _no_rows() -> pa.Table:
+    return WATCH.empty_table().append_column("part", pa.array([], pa.string()))

@@ -6,7 +6,6 @@ cannot be read becomes a quarantine row; the rest of the part is done.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import tarfile
@@ -16,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from unimodal.pipeline import media
+from unimodal.pipeline import fetch, media
 from unimodal.pipeline.bounds import Limits, Probe
 from unimodal.pipeline.clips import WATCH, clip_uid, image_uid, table
-from unimodal.pipeline.errors import MediaError, UnimodalError
+from unimodal.pipeline.errors import MediaError, full_disk, reason
 from unimodal.pipeline.framepass import watch_frames
 from unimodal.pipeline.images import is_image, probe_image
 from unimodal.pipeline.inputs import Source, sha256_of
@@ -29,6 +28,7 @@ from unimodal.pipeline.observers.keyframes import Keyframes, KeyframeSettings, P
 from unimodal.pipeline.observers.light import Flicker, Light, LightSettings
 from unimodal.pipeline.settings import Settings
 from unimodal.pipeline.stage import PartFiles
+from unimodal.pipeline.tell import Tell
 
 VERSION = 2
 
@@ -41,18 +41,6 @@ class WatchSettings(Settings):
     light: LightSettings = LightSettings()
     keyframes: KeyframeSettings = KeyframeSettings()
     limits: Limits = Limits()
-
-
-@dataclass
-class Tell:
-    """Where a stage reports to; the engine listens, and takes silence for a stuck worker."""
-
-    source: Callable[[str], None] = lambda uri: None
-    """Work on this source begins."""
-    seconds: Callable[[float], None] = lambda seconds: None
-    """So many seconds of video went by; 0 says only that work goes on."""
-    done: Callable[[str], None] = lambda uri: None
-    """The source is finished, read or quarantined."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ def watch_part(
     Sources in `poison` (uri: reason) are quarantined unopened: they have killed a worker before.
     Raises `UnimodalError` if the disk is full; a bad source raises nothing.
     """
-    tell = tell or Tell()
+    tell, poison = tell or Tell(), poison or {}
     folder.mkdir(parents=True, exist_ok=True)
     clips: list[_Clip] = []
     quarantined: list[dict[str, str]] = []
@@ -83,58 +71,52 @@ def watch_part(
         # Without a name on disk, the spool is gone when the process is, however that ends.
         with tempfile.TemporaryFile(dir=folder) as spool:
             for source in sorted(sources):
-                tell.source(source.uri)
-                reason = (poison or {}).get(source.uri)
+                tell.begin("watch", source.uri)
+                why = ""
                 try:
-                    if reason is not None:
-                        raise MediaError(reason)
+                    if source.uri in poison:
+                        raise MediaError(poison[source.uri])
                     clips += _watch_source(source, settings, spool, tell, threads)
                 except Exception as error:
-                    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    if full_disk(error, folder):
                         raise
+                    why = reason(error)
                     quarantined.append(
-                        {
-                            "uri": source.uri,
-                            "stage": "watch",
-                            "reason": _reason(error),
-                            "part": part,
-                        }
+                        {"uri": source.uri, "stage": "watch", "reason": why, "part": part}
                     )
-                tell.done(source.uri)
+                tell.done("watch", source.uri, why)
             rows = table((clip.row for clip in clips), WATCH)
             files = PartFiles(folder, part)
             files.commit(rows, quarantined, lambda path: _write_frames(clips, spool, path))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UnimodalError(
-                f"{folder}: the disk is full; free some space and run the same command again"
-            ) from error
-        raise
+        raise full_disk(error, folder) or error from error
 
 
 def _watch_source(
     source: Source, settings: WatchSettings, spool: IO[bytes], tell: Tell, threads: int
 ) -> list[_Clip]:
-    path = Path(source.uri)
-    try:
-        status = path.stat()
-        if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
-            raise MediaError("it has changed since it was listed: run the same command again")
+    def alive(count: int) -> None:
+        tell.seconds(0.0)
+
+    with fetch.local(source.uri, listed=source, tick=alive) as path:
         image = is_image(path)
-        digest = source.sha256 or sha256_of(path, lambda _: tell.seconds(0.0))
-    except FileNotFoundError as error:
-        raise MediaError("no such file") from error
-    if image:
-        found = probe_image(path, settings.limits)
-        if found.kind == "image":
-            return [_image(source, digest, found, settings, spool)]
-    return _video(source, digest, settings, spool, tell, threads)
+        digest = source.sha256 or sha256_of(path, alive)
+        if image:
+            found = probe_image(path, settings.limits)
+            if found.kind == "image":
+                return [_image(source, path, digest, found, settings, spool)]
+        return _video(source, path, digest, settings, spool, tell, threads)
 
 
 def _image(
-    source: Source, digest: str, found: Probe, settings: WatchSettings, spool: IO[bytes]
+    source: Source,
+    path: Path,
+    digest: str,
+    found: Probe,
+    settings: WatchSettings,
+    spool: IO[bytes],
 ) -> _Clip:
-    still = media.open_image(Path(source.uri), found, settings.limits)
+    still = media.open_image(path, found, settings.limits)
     flicker, light = Flicker(settings.light), Light(settings.light)
     keyframes = Keyframes(settings.keyframes, spool)
     watch_frames(still, [flicker, light, keyframes])
@@ -154,13 +136,14 @@ def _image(
 
 def _video(
     source: Source,
+    path: Path,
     digest: str,
     settings: WatchSettings,
     spool: IO[bytes],
     tell: Tell,
     threads: int,
 ) -> list[_Clip]:
-    with media.open_video(Path(source.uri), settings.limits, threads) as video:
+    with media.open_video(path, settings.limits, threads) as video:
         found = video.probe
         cut = Cuts(settings.cut, video.time_base, found.fps)
         flow, flicker, light = Flow(settings.flow), Flicker(settings.light), Light(settings.light)
@@ -186,6 +169,8 @@ def _video(
             "time_base": f"{timeline.time_base.numerator}/{timeline.time_base.denominator}",
             "starts_at": span.starts_at,
             "ends_at": span.ends_at,
+            "start_cut": span.start_cut and span.start_cut.row(),
+            "end_cut": span.end_cut and span.end_cut.row(),
             "width": found.width,
             "height": found.height,
             "fps": fps,
@@ -237,12 +222,3 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member.size = len(data)
     member.mode = 0o644
     tar.addfile(member, io.BytesIO(data))
-
-
-def _reason(error: Exception) -> str:
-    """What to tell the user of a source that failed, without its path."""
-    if isinstance(error, MediaError):
-        return error.reason
-    if isinstance(error, MemoryError):
-        return "not enough memory to decode it"
-    return f"{type(error).__name__}: {error}".splitlines()[0][:500]

@@ -20,39 +20,77 @@ from typing import Any
 
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.inputs import Source
-from unimodal.pipeline.watch import Tell, WatchSettings, watch_part
+from unimodal.pipeline.stage import PartFiles
+from unimodal.pipeline.tell import Tell
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage's share of a job."""
+
+    stage: str
+    folder: str  # of the stage, where results are committed
+    settings: dict[str, Any]
+    reads: str = ""  # folder of the stage before it: watch; for match, embed
+    captions: str = ""  # match: the caption stage's file
+    model: bool = False  # it runs a network that wants a GPU where there is one
+
+    def done(self, part: str) -> bool:
+        """Whether the part was committed."""
+        return PartFiles(Path(self.folder), part).done()
 
 
 @dataclass
 class Job:
-    """A part to be done by a stage; crosses process and machine borders as JSON."""
+    """What is to be done with a part, step by step; crosses process and machine borders as JSON."""
 
-    stage: str
     part: str
-    folder: str  # of the stage, where results are committed
+    steps: list[Step]
     sources: list[dict[str, Any]]  # fields of `Source`
-    settings: dict[str, Any]
-    poison: dict[str, str] = field(default_factory=dict)  # uri: why it must not be touched
+    poison: dict[str, str] = field(default_factory=dict)  # "stage:thing": why not to touch it
     threads: int = 1
+    one_by_one: bool = False  # after a death, so that the culprit is known
 
     def text(self) -> str:
         """The job as one line of JSON."""
         return json.dumps(asdict(self))
 
+    @classmethod
+    def parse(cls, text: str) -> Job:
+        """What `text` wrote."""
+        fields = json.loads(text)
+        return cls(**{**fields, "steps": [Step(**step) for step in fields["steps"]]})
+
 
 def do(job: Job, tell: Tell) -> None:
-    """Do a job in this process; raises `UnimodalError` if it cannot be done at all."""
-    if job.stage != "watch":
-        raise UnimodalError(f"no stage is called {job.stage}")
-    watch_part(
-        job.part,
-        [Source(s["uri"], s["size"], s["mtime_ns"], s["sha256"]) for s in job.sources],
-        WatchSettings.model_validate(job.settings),
-        Path(job.folder),
-        poison=job.poison,
-        tell=tell,
-        threads=job.threads,
-    )
+    """Do what is not done yet of a job, here; raises `UnimodalError` if it cannot be done at all."""
+    for step in job.steps:
+        if not step.done(job.part):
+            _do_step(job, step, tell)
+
+
+def _do_step(job: Job, step: Step, tell: Tell) -> None:
+    from unimodal.pipeline import score
+    from unimodal.pipeline.watch import WatchSettings, watch_part
+
+    folder, reads = Path(step.folder), Path(step.reads)
+    own = f"{step.stage}:"
+    poison = {k.removeprefix(own): why for k, why in job.poison.items() if k.startswith(own)}
+    if step.stage == "watch":
+        sources = [Source(**source) for source in job.sources]
+        settings = WatchSettings.model_validate(step.settings)
+        watch_part(job.part, sources, settings, folder, poison, tell, job.threads)
+    elif step.stage == "match":
+        settings = score.module("embed").EmbedSettings.model_validate(step.settings)
+        score.match_part(job.part, settings, reads, Path(step.captions), folder, tell)
+    elif step.stage in score.SCORERS:
+        kind = getattr(score.module(step.stage), f"{step.stage.capitalize()}Settings")
+        settings = kind.model_validate(step.settings)
+        score.score_part(
+            job.part, step.stage, settings, reads, folder, poison, tell, job.one_by_one
+        )
+    else:
+        raise UnimodalError(f"no stage is called {step.stage}")
 
 
 def main() -> None:
@@ -77,14 +115,14 @@ def main() -> None:
 
     threading.Thread(target=read, daemon=True).start()
     tell = Tell(
-        source=lambda uri: send(source=uri),
+        begin=lambda stage, thing: send(begin=[stage, thing]),
         seconds=lambda seconds: send(seconds=seconds),
-        done=lambda uri: send(done=uri),
+        done=lambda stage, thing, why: send(done=[stage, thing, why]),
     )
     send(ready=os.getpid())
     while True:
         try:
-            do(Job(**json.loads(jobs.get())), tell)
+            do(Job.parse(jobs.get()), tell)
             send(finished=True)
         except UnimodalError as error:
             send(failed=str(error))

@@ -101,7 +101,7 @@ def clip_model(settings: EmbedSettings) -> Model:
         lines = " ".join(str(error).split())
         raise UsageError(f"{path} holds other weights than {name} has: {lines[:300]}") from error
     cfg = open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg)
-    prepare = open_clip.image_transform_v2(cfg, is_train=False)
+    prepare = open_clip.transform.image_transform_v2(cfg, is_train=False)
     net = net.to(device=device, dtype=dtype).eval()
     return Model(net, prepare, tokenize, width, device, dtype, settings.threads)
 

@@ -14,8 +14,9 @@ from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.inputs import list_sources
 from unimodal.pipeline.stage import PartFiles
 from unimodal.pipeline.supervise import Patience, Supervised
-from unimodal.pipeline.watch import Tell, WatchSettings
-from unimodal.pipeline.worker import Job, do
+from unimodal.pipeline.tell import Tell
+from unimodal.pipeline.watch import WatchSettings
+from unimodal.pipeline.worker import Job, Step, do
 
 
 def _job(folder: Path, *inputs: Path, stage: str = "watch") -> Job:
@@ -23,7 +24,8 @@ def _job(folder: Path, *inputs: Path, stage: str = "watch") -> Job:
         {"uri": s.uri, "size": s.size, "mtime_ns": s.mtime_ns, "sha256": s.sha256}
         for s in list_sources(inputs)
     ]
-    return Job(stage, "p", str(folder), sources, WatchSettings().model_dump(mode="json"))
+    step = Step(stage, str(folder), WatchSettings().model_dump(mode="json"))
+    return Job("p", [step], sources)
 
 
 @pytest.fixture
@@ -47,12 +49,12 @@ def test_a_worker_that_dies_once_changes_nothing(
     inputs = (victim, photos / "coins.png")
     kills: list[int] = []
 
-    def kill_once(uri: str) -> None:
+    def kill_once(stage: str, uri: str) -> None:
         if uri == str(victim) and not kills:
             kills.append(supervised.pid or 0)
             os.kill(kills[0], signal.SIGKILL)
 
-    supervised.do(_job(tmp_path / "a", *inputs), Tell(source=kill_once))
+    supervised.do(_job(tmp_path / "a", *inputs), Tell(begin=kill_once))
     assert kills and supervised.pid not in kills
     do(_job(tmp_path / "b", *inputs), Tell())
     for name in ("p.parquet", "p.frames.tar"):
@@ -71,12 +73,12 @@ def test_a_file_that_kills_every_worker_is_quarantined(
     # Poisoned sources are announced like any other, so the last worker is spared by hand.
     calls: list[str] = []
 
-    def kill_twice(uri: str) -> None:
+    def kill_twice(stage: str, uri: str) -> None:
         calls.append(uri)
         if calls.count(str(victim)) <= 2:
             kill(uri)
 
-    supervised.do(_job(tmp_path, victim, photos / "coins.png"), Tell(source=kill_twice))
+    supervised.do(_job(tmp_path, victim, photos / "coins.png"), Tell(begin=kill_twice))
     rows, refused = _files(tmp_path)
     assert rows == ["coins.png"]
     assert refused == {"bigbuckbunny.mp4": "the worker that read it died (SIGSEGV)"}
@@ -88,12 +90,12 @@ def test_a_file_that_hangs_its_worker_is_quarantined(
     victim = videos / "bigbuckbunny.mp4"
     frozen: list[int] = []
 
-    def freeze(uri: str) -> None:
+    def freeze(stage: str, uri: str) -> None:
         if uri == str(victim) and not frozen:
             frozen.append(supervised.pid or 0)
             os.kill(frozen[0], signal.SIGSTOP)
 
-    supervised.do(_job(tmp_path, victim, photos / "coins.png"), Tell(source=freeze))
+    supervised.do(_job(tmp_path, victim, photos / "coins.png"), Tell(begin=freeze))
     rows, refused = _files(tmp_path)
     assert rows == ["coins.png"] and refused == {"bigbuckbunny.mp4": "no progress for 4 s"}
     with pytest.raises(ProcessLookupError):

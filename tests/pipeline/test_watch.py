@@ -28,7 +28,8 @@ from unimodal.pipeline.inputs import list_sources
 from unimodal.pipeline.observers.cut import CutSettings
 from unimodal.pipeline.observers.keyframes import perceptual_hash
 from unimodal.pipeline.stage import PartFiles
-from unimodal.pipeline.watch import Tell, WatchSettings, watch_part
+from unimodal.pipeline.tell import Tell
+from unimodal.pipeline.watch import WatchSettings, watch_part
 
 
 def _watch(
@@ -176,11 +177,19 @@ def test_a_full_disk_is_no_fault_of_the_source(
 def test_events_tell_of_every_source_and_of_all_seconds(
     tmp_path: Path, bikes: Path, emoji: list[Path]
 ) -> None:
+    (tmp_path / "bad.mp4").write_text("no video")
     begun: list[str] = []
-    done: list[str] = []
+    done: dict[str, str] = {}
     seconds: list[float] = []
-    _watch(tmp_path, bikes, emoji[0], tell=Tell(begun.append, seconds.append, done.append))
-    assert sorted(begun) == sorted(done) == sorted([str(bikes), str(emoji[0])])
+    tell = Tell(
+        lambda stage, uri: begun.append(uri),
+        seconds.append,
+        lambda stage, uri, why: done.update({uri: why}),
+    )
+    inputs = [bikes, emoji[0], tmp_path / "bad.mp4"]
+    _watch(tmp_path, *inputs, tell=tell)
+    assert sorted(begun) == sorted(done) == sorted(map(str, inputs))
+    assert [bool(done[str(path)]) for path in inputs] == [False, False, True]
     assert sum(seconds) == pytest.approx(10.0)
 
 

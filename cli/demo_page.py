@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import tarfile
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,19 +85,20 @@ def _clips(run_dir: Path) -> str:
     from unimodal.pipeline.run import Run
 
     run = Run.open(run_dir)
-    frames = _keyframes(run_dir, run)
+    frames = _keyframes(run)
     head = "<tr><th>clip<th>keyframes<th>from<th>to<th>cut by<th>motion<th>light<th>verdict</tr>"
     rows = []
     for row in run.clips.to_pylist():
-        strip = "".join(f"<img src='{uri}'>" for uri in frames.get(row["uid"], [])[:4])
+        strip = "".join(f"<img src='{uri}'>" for uri in frames.get(row["uid"], []))
         span = [f"{row[k]:.2f} s" if row[k] is not None else "" for k in ("start_s", "end_s")]
         cut = f"{row['starts_at']} – {row['ends_at']}" if row["kind"] == "video" else ""
         flow = "" if row["flow_mean"] is None else f"{row['flow_mean']:.4f}"
+        luma = "" if row["luma_mean"] is None else f"{row['luma_mean']:.0f}"
         verdict = row["verdict"] + ("".join(f"<br>{escape(r)}" for r in row["reasons"] or []))
         rows.append(
             f"<tr class={row['verdict']}><td>{escape(Path(row['uri']).name)}"
             f"<td class=strip>{strip}<td class=n>{span[0]}<td class=n>{span[1]}<td>{escape(cut)}"
-            f"<td class=n>{flow}<td class=n>{row['luma_mean']:.0f}<td>{verdict}</tr>"
+            f"<td class=n>{flow}<td class=n>{luma}<td>{verdict}</tr>"
         )
     return (
         "<h2>Curate: clips, cuts and scores</h2><p class=note>Motion is mean optical flow over the "
@@ -107,21 +107,30 @@ def _clips(run_dir: Path) -> str:
     )
 
 
-def _keyframes(run_dir: Path, run: Any) -> dict[str, list[str]]:
-    """Small data URIs of each clip's keyframes, in order."""
+def _keyframes(run: Any) -> dict[str, list[str]]:
+    """Small data URIs of four keyframes of each clip, in order."""
     from PIL import Image
 
+    from unimodal.pipeline.report.pictures import places
+
+    wanted: dict[str, dict[str, list[str]]] = {}  # part, uid, members
+    for row in run.clips.select(["part", "uid", "samples"]).to_pylist():
+        members = [sample["member"] for sample in row["samples"] if sample["keyframe"]]
+        shown = [members[i] for i in _even(len(members), 4)]
+        wanted.setdefault(row["part"], {})[row["uid"]] = shown
     found: dict[str, list[str]] = {}
-    for part in sorted(set(run.clips.column("part").to_pylist())):
-        with tarfile.open(run.frames_tar(part)) as tar:
-            for member in tar:
-                uid, _, rest = member.name.partition(".")
-                file = tar.extractfile(member)
-                if rest.endswith("jpg") and file is not None:
-                    image = Image.open(file)
+    for part, clips in wanted.items():
+        tar = run.frames_tar(part)
+        at = places(tar, [member for members in clips.values() for member in members])
+        with tar.open("rb") as file:
+            for uid, members in clips.items():
+                for member in members:
+                    offset, size = at[member]
+                    file.seek(offset)
+                    image = Image.open(io.BytesIO(file.read(size)))
                     image.thumbnail((132, 56))
                     found.setdefault(uid, []).append(_encoded(image, "JPEG"))
-    return {uid: [uris[i] for i in _even(len(uris), 4)] for uid, uris in found.items()}
+    return found
 
 
 def _even(total: int, count: int) -> list[int]:

@@ -25,7 +25,7 @@ def curate(
     sets: options.Sets = None,
     captions: Annotated[
         Path | None,
-        typer.Option("--captions", help="Table (csv, jsonl, parquet) with columns path and caption."),
+        typer.Option("--captions", help="Table (csv, jsonl, parquet) of path and caption."),
     ] = None,
     engine: Annotated[Engine, typer.Option("--engine", help="Where the work runs.")] = Engine.auto,
     address: options.Address = None,

@@ -90,7 +90,8 @@ def watch_frames(
             if index == 0:
                 first_pts = frame.pts if span is None else span[2]
                 # The grid goes on where the frame before this one left it.
-                before = float((frame.pts - first_pts) * video.time_base) - 1 / (video.probe.fps or 25)
+                before = float((frame.pts - first_pts) * video.time_base)
+                before -= 1 / (video.probe.fps or 25)
                 due = {rate: max(0, math.floor(before * rate) + 1) / rate for rate in due}
             seconds = float((frame.pts - first_pts) * video.time_base)
             # Sampling follows the clock, on the grid k / fps, whatever the frame rate does.

@@ -28,7 +28,6 @@ from unimodal.pipeline.stages import SKIPPABLE
 from unimodal.pipeline.supervise import Patience
 from unimodal.pipeline.watch import WatchSettings
 
-
 NOT_THRESHOLDS = ("dedup", "extra")
 
 

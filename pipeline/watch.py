@@ -1,7 +1,7 @@
 """The watch stage: every source of a part is decoded once, and all that can be seen is noted.
 
-Columns of `clips.WATCH`, one row per clip; sampled frames go to the part's frames tar. A source that
-cannot be read becomes a quarantine row; the rest of the part is done.
+Columns of `clips.WATCH`, one row per clip; sampled frames go to the part's frames tar. A source
+that cannot be read becomes a quarantine row; the rest of the part is done.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any

@@ -63,7 +63,7 @@ class Job:
 
 
 def do(job: Job, tell: Tell) -> None:
-    """Do what is not done yet of a job, here; raises `UnimodalError` if it cannot be done at all."""
+    """Do what is missing of a job, here; raises `UnimodalError` if it cannot be done at all."""
     for step in job.steps:
         if not step.done(job.part):
             _do_step(job, step, tell)

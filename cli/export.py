@@ -1,0 +1,59 @@
+"""`unimodal export`: what other tools take, as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unimodal.cli import options
+
+app = typer.Typer(help="Write clips as files.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Write clips as files."""
+
+
+@app.command("clips")
+def clips(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or '-'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files.")] = Path("clips"),
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="copy: packets from the key frame before the clip; keyframe: from the first one "
+            "inside it; exact: encoded anew, to the frame."
+        ),
+    ] = "copy",
+    where: Annotated[
+        str, typer.Option(help="Which clips: SQL over the columns of clips.parquet.")
+    ] = "verdict = 'keep'",
+    crop: Annotated[bool, typer.Option("--crop", help="Cut letterbox bars off (exact).")] = False,
+    crf: Annotated[int, typer.Option(help="H.264 quality of exact; lower is better.")] = 18,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write the kept clips of a run as files, with captions beside them; without sound."""
+    from unimodal.cli import console
+    from unimodal.pipeline.errors import UnimodalError
+    from unimodal.pipeline.export import export_clips
+    from unimodal.pipeline.run import Run
+
+    done = export_clips(
+        Run.open(console.from_stdin(run)),
+        out,
+        mode=mode,  # type: ignore[arg-type]
+        where=where,
+        crop=crop,
+        crf=crf,
+        progress=console.progress(quiet),
+    )
+    if done.failed and not done.written and not done.kept:
+        raise UnimodalError(f"none of {len(done.failed)} clips could be written; see above")
+    record = {"written": done.written, "kept": done.kept, "failed": len(done.failed)}
+    console.table(f"files in {out}", list(record.items()), quiet)
+    console.result(out, record, json)

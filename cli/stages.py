@@ -1,0 +1,315 @@
+"""Every stage of curation as a command of its own.
+
+On a run directory a stage is brought up to date with other settings; without one, the command is
+a filter: clip rows as JSON Lines on stdin and stdout, so that `jq` fits between.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unimodal.cli import options
+from unimodal.cli.options import Engine
+
+if TYPE_CHECKING:
+    from unimodal.pipeline.decide import Turn
+    from unimodal.pipeline.presets import CurateSettings
+    from unimodal.pipeline.progress import Progress
+    from unimodal.pipeline.run import Run
+
+RunDir = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN]",
+        help="Run directory, '-' to read its path from stdin; without it, rows come from stdin.",
+    ),
+]
+EngineOption = Annotated[Engine, typer.Option("--engine", help="Where the work runs.")]
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", help="Named set of settings.", metavar="NAME")
+]
+Rows = Iterable[dict[str, Any]]
+Filter = Callable[[Rows, "CurateSettings", "Progress"], Rows]
+
+
+def cut(
+    inputs: Annotated[list[str], typer.Argument(help="Media as for curate, or one run directory.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Make a run directory instead of rows.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Where the pass is kept for later filters.")
+    ] = None,
+    preset: options.Preset = "best",
+    sets: options.Sets = None,
+    engine: EngineOption = Engine.auto,
+    address: options.Address = None,
+    workers: options.Workers = None,
+    limit: options.Limit = None,
+    strict: options.Strict = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Cut videos into clips: the shared frame pass, without scores and verdicts."""
+    from unimodal.cli import console
+    from unimodal.pipeline import filter, run
+    from unimodal.pipeline.stages import SKIPPABLE
+
+    driver = {"engine": engine.value, "workers": workers, "address": address}
+    if len(inputs) == 1 and (Path(inputs[0]) / "run.json").exists():
+        _update(inputs[0], (), None, sets, driver, json_, quiet)
+        return
+    settings = _settings(preset, sets)
+    progress = console.progress(quiet)
+    if out is not None:
+        bare = settings.model_copy(update={"skip": SKIPPABLE, "report": False})
+        made = run.curate(inputs, out, bare, progress=progress, limit=limit, **driver)  # type: ignore[arg-type]
+        console.result(out, {"clips": made.clips.num_rows, "quarantined": made.quarantined}, json_)
+    else:
+        rows, made = filter.cut_rows(
+            inputs,
+            settings,
+            cache or filter.cache_folder(),
+            progress=progress,
+            limit=limit,
+            **driver,
+        )
+        _write(rows)
+    if strict and made.quarantined:
+        raise typer.Exit(3)
+
+
+def _command(text: str, stages: tuple[str, ...], rows: Filter) -> Callable[..., None]:
+    """A command that brings `stages` of a run up to date, or passes rows through `rows`."""
+
+    def command(
+        run: RunDir = None,
+        preset: PresetOption = None,
+        sets: options.Sets = None,
+        engine: EngineOption = Engine.auto,
+        address: options.Address = None,
+        workers: options.Workers = None,
+        json_: options.Json = False,
+        quiet: options.Quiet = False,
+        debug: options.Debug = False,
+    ) -> None:
+        driver = {"engine": engine.value, "workers": workers, "address": address}
+        _run(run, stages, preset, sets, driver, json_, quiet, rows)
+
+    command.__doc__ = text
+    return command
+
+
+def _flow_rows(rows: Rows, settings: CurateSettings, progress: Progress) -> Rows:
+    from unimodal.pipeline.filter import flow_rows
+
+    return flow_rows(rows, settings)
+
+
+def _text_rows(rows: Rows, settings: CurateSettings, progress: Progress) -> Rows:
+    from unimodal.pipeline.filter import score_rows
+
+    return score_rows(rows, ("text",), settings, progress)
+
+
+def _score_rows(rows: Rows, settings: CurateSettings, progress: Progress) -> Rows:
+    from unimodal.pipeline.filter import score_rows
+
+    return score_rows(rows, ("quality", "embed", "nsfw"), settings, progress)
+
+
+def _dedup_rows(rows: Rows, settings: CurateSettings, progress: Progress) -> Rows:
+    from unimodal.pipeline.filter import dedup_rows
+
+    return dedup_rows(rows, settings)
+
+
+flow = _command("Measure motion: mean optical flow as a share of the short side.", (), _flow_rows)
+text = _command(
+    "Measure how much writing is in the picture: subtitles, credits, marks in corners.",
+    ("text",),
+    _text_rows,
+)
+score = _command(
+    "Score clips: technical quality; aesthetics, embeddings and NSFW where weights are given.",
+    ("quality", "embed", "nsfw", "match"),
+    _score_rows,
+)
+dedup = _command("Group near-duplicates, the best of each group first.", ("dedup",), _dedup_rows)
+
+
+def decide(
+    run: RunDir = None,
+    preset: PresetOption = None,
+    sets: options.Sets = None,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Say what would change, and change nothing.")
+    ] = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Keep or drop: apply thresholds to what was measured. Nothing is decoded."""
+    from unimodal.cli import console
+    from unimodal.pipeline import filter
+    from unimodal.pipeline.errors import UsageError
+
+    if what_if:
+        if run is None:
+            raise UsageError("--what-if compares with a run directory: name one")
+        _what_if(console.from_stdin(run), preset, sets, json_)
+        return
+    _run(run, (), preset, sets, {}, json_, quiet, lambda r, s, p: filter.decide_rows(r, s))
+
+
+def caption(
+    run: RunDir = None,
+    sets: options.Sets = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option("--captions", help="Table with the columns path and caption (filter only)."),
+    ] = None,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Take up captions that lie beside the media, or come in a table."""
+    from unimodal.pipeline import filter
+    from unimodal.pipeline.caption import read_given
+
+    def rows(r: Rows, s: CurateSettings, p: Progress) -> Rows:
+        return filter.caption_rows(r, s, read_given(captions))
+
+    _run(run, (), None, sets, {}, json_, quiet, rows)
+
+
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or '-'.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="HTML file (default: RUN/report.html).")
+    ] = None,
+    json_: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write the run's page: what was dropped and why, with pictures."""
+    from unimodal.cli import console
+    from unimodal.pipeline.report import write_report
+    from unimodal.pipeline.run import Run
+
+    made = write_report(Run.open(console.from_stdin(run)), out)
+    console.result(made, {}, json_)
+
+
+def _run(
+    run: str | None,
+    stages: Sequence[str],
+    preset: str | None,
+    sets: list[str] | None,
+    driver: dict[str, Any],
+    as_json: bool,
+    quiet: bool,
+    rows: Filter,
+) -> None:
+    """A stage on a run directory if one is named, else as a filter."""
+    from unimodal.cli import console
+    from unimodal.pipeline import filter
+    from unimodal.pipeline.errors import UsageError
+
+    if run is not None:
+        _update(console.from_stdin(run), stages, preset, sets, driver, as_json, quiet)
+        return
+    if sys.stdin.isatty():
+        raise UsageError("name a run directory, or pipe rows in: unimodal cut videos/ | unimodal …")
+    settings = _settings(preset or "best", sets)
+    _write(rows(filter.read_rows(sys.stdin), settings, console.progress(quiet)))
+
+
+def _update(
+    run: str,
+    stages: Sequence[str],
+    preset: str | None,
+    sets: list[str] | None,
+    driver: dict[str, Any],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from unimodal.cli import console
+    from unimodal.cli.curate import tell_result
+    from unimodal.pipeline.run import Run, update
+
+    before = Run.open(run)
+    settings = _changed(before, preset, sets)
+    skip = tuple(name for name in settings.skip if name not in stages)
+    settings = settings.model_copy(update={"skip": skip})
+    made = update(run, settings, progress=console.progress(quiet), **driver)
+    tell_result(made, as_json, quiet)
+
+
+def _changed(run: Run, preset: str | None, sets: list[str] | None) -> CurateSettings:
+    """The run's settings with a preset's and the user's changes."""
+    from unimodal.pipeline.presets import CurateSettings, preset_layer
+    from unimodal.pipeline.settings import build
+
+    layers = [run.info["settings"]]
+    if preset is not None:
+        layers = [{**run.info["settings"], **_groups(preset_layer(preset))}]
+    return build(CurateSettings, *layers, sets=sets or [])
+
+
+def _groups(layer: dict[str, Any]) -> dict[str, Any]:
+    """Whole groups of a preset: what it does not say is the default, not what the run had."""
+    from unimodal.pipeline.presets import CurateSettings
+    from unimodal.pipeline.settings import build
+
+    return {
+        name: build(CurateSettings, layer).model_dump(mode="json")[name]
+        for name in CurateSettings.model_fields
+        if name not in ("parts", "patience", "limits", "skip", "report")
+    }
+
+
+def _settings(preset: str, sets: list[str] | None) -> CurateSettings:
+    from unimodal.pipeline.presets import CurateSettings, preset_layer
+    from unimodal.pipeline.settings import build
+
+    return build(CurateSettings, preset_layer(preset), sets=sets or [])
+
+
+def _what_if(path: str, preset: str | None, sets: list[str] | None, as_json: bool) -> None:
+    from unimodal.cli import console
+    from unimodal.pipeline.decide import decide, what_if
+    from unimodal.pipeline.run import Run
+
+    run = Run.open(path)
+    settings = _changed(run, preset, sets)
+    old = run.clips.select(["uid", "verdict", "reasons"])
+    scored = run.clips.drop_columns(["verdict", "reasons"])
+    found = what_if(old, decide(scored, settings.decide))
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    rows: list[tuple[str, Any]] = [("would be dropped", found.dropped)]
+    rows += [(f"  by {turn.rule}", _some(turn)) for turn in found.dropped_by]
+    rows.append(("would be kept", found.kept))
+    rows += [(f"  no more dropped by {turn.rule}", _some(turn)) for turn in found.formerly_by]
+    console.table(f"{path}: nothing was changed", [*rows, ("stay as they are", found.same)], False)
+
+
+def _some(turn: Turn) -> str:
+    """A number of clips, and the names of a few."""
+    more = ", …" if turn.clips > 3 else ""
+    return f"{turn.clips:,}: {', '.join(uid[:12] for uid in turn.examples[:3])}{more}"
+
+
+def _write(rows: Rows) -> None:
+    for row in rows:
+        sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,203 @@
+"""The stages as filters: clip rows as JSON Lines in, the same rows with more columns out.
+
+    unimodal cut videos/ | unimodal flow | jq -c 'select(.duration_s > 3)' | unimodal text
+
+`cut` decodes everything once into a run directory in the cache, and its rows name the tar that
+holds their pictures (`frames_tar`). Later filters read that; where it is gone, or was made with
+other settings, they decode the span of the clip. Keys that no stage knows ride along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from unimodal.pipeline import caption, decide, dedup, score, watch
+from unimodal.pipeline.again import look_again
+from unimodal.pipeline.clips import CLIPS, WATCH, read_parquet
+from unimodal.pipeline.errors import MediaError, UsageError
+from unimodal.pipeline.frames import Clip, read_clip
+from unimodal.pipeline.presets import CurateSettings
+from unimodal.pipeline.progress import Progress
+from unimodal.pipeline.run import Run, curate
+from unimodal.pipeline.stage import Stage
+from unimodal.pipeline.stages import SKIPPABLE
+
+Row = dict[str, Any]
+
+FLOW = ("flow_mean", "flow_median", "flow_p90")
+
+
+def cache_folder() -> Path:
+    """Where `cut` keeps its pass: $UNIMODAL_CACHE, else unimodal/ in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("UNIMODAL_CACHE") or Path(base) / "unimodal")
+
+
+def read_rows(lines: Iterable[str]) -> Iterator[Row]:
+    """Clip rows of JSON Lines; raises `UsageError` that names the first line that is none."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"standard input, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not {"uid", "uri", "kind"} <= row.keys():
+            raise UsageError(
+                f"standard input, line {number}: not a clip row (it needs uid, uri and kind); "
+                "rows come from `unimodal cut`"
+            )
+        yield row
+
+
+def cut_rows(
+    inputs: Sequence[str | Path],
+    settings: CurateSettings,
+    cache: Path,
+    *,
+    progress: Progress | None = None,
+    **engine: Any,
+) -> tuple[Iterator[Row], Run]:
+    """Rows of all clips of `inputs`, after one decode into `cache`; and the run it was kept in."""
+    bare = settings.model_copy(update={"skip": SKIPPABLE, "report": False})
+    asked = json.dumps([sorted(os.path.abspath(i) for i in inputs), bare.watch().digest()])  # noqa: PTH100
+    out = cache / f"cut-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+    run = curate(inputs, out, bare, progress=progress, **engine)
+    names = [n for n in CLIPS.names if n not in (*FLOW, "captions", "verdict", "reasons")]
+    names = [n for n in names if n in WATCH.names or n in ("part", "aliases", "meta")]
+
+    def rows() -> Iterator[Row]:
+        for batch in run.clips.select(names).to_batches(max_chunksize=1000):
+            for row in batch.to_pylist():
+                tar = str(run.frames_tar(row["part"]))
+                yield {**row, "meta": dict(row["meta"] or []), "frames_tar": tar}
+
+    return rows(), run
+
+
+def flow_rows(rows: Iterable[Row], settings: CurateSettings) -> Iterator[Row]:
+    """Rows with the motion scores; nothing is decoded where the pass is still in the cache."""
+    folder = Stage("watch", watch.VERSION, settings.watch().digest()).folder
+    for row in rows:
+        tar = Path(row.get("frames_tar") or "")
+        kept = _watched(str(tar)) if tar.parent.name == folder else {}
+        found: Mapping[str, Any] = kept.get(row["uid"]) or look_again(row, settings.watch()).row
+        yield {**row, **{name: found.get(name) for name in FLOW}}
+
+
+def score_rows(
+    rows: Iterable[Row], stages: Sequence[str], settings: CurateSettings, progress: Progress
+) -> Iterator[Row]:
+    """Rows with the columns of the scorers in `stages`; those without weights are told of."""
+    active = []
+    for name in stages:
+        if why := score.module(name).absent(getattr(settings, name)):
+            progress.note(f"{name} is skipped: {why}")
+        else:
+            active.append(name)
+    for row in rows:
+        found: Row = {}
+        try:
+            clip = _clip(row, settings) if active else None
+        except (MediaError, OSError) as error:
+            progress.note(f"{row['uri']}: {error}; its scores are null")
+            clip = None
+        for name in active:
+            columns = score.module(name).COLUMNS.names
+            found |= dict.fromkeys(columns)
+            if clip is not None:
+                found |= score.loaded(name, getattr(settings, name))([clip])[0]
+        yield {**row, **found}
+
+
+def dedup_rows(rows: Iterable[Row], settings: CurateSettings) -> Iterator[Row]:
+    """Rows with their near-duplicate groups; all rows are read before the first is written."""
+    held = list(rows)
+    groups = dedup.group(_table(held), settings.dedup, _embeddings(held))
+    found = {row["uid"]: row for row in groups.to_pylist()}
+    for row in held:
+        group = found[row["uid"]]
+        yield {**row, "dup_group": group["dup_group"], "dup_rank": group["dup_rank"]}
+
+
+def decide_rows(rows: Iterable[Row], settings: CurateSettings) -> Iterator[Row]:
+    """Rows with verdict and reasons; all rows are read before the first is written."""
+    held = list(rows)
+    verdicts = decide.decide(_table(held), settings.decide).to_pylist()
+    for row, judged in zip(held, verdicts, strict=True):
+        yield {**row, "verdict": judged["verdict"], "reasons": judged["reasons"]}
+
+
+def caption_rows(
+    rows: Iterable[Row], settings: CurateSettings, given: caption.Given
+) -> Iterator[Row]:
+    """Rows with the captions that were given or lie beside their source."""
+    held = list(rows)
+    uris = {uri for row in held for uri in (row["uri"], *(row.get("aliases") or ()))}
+    sidecars = caption.find_sidecars(sorted(uris), settings.caption.sidecar)
+    for row in held:
+        found: list[caption.Caption] = []
+        names = (row["uri"], *(row.get("aliases") or ()))
+        for uri in names:
+            found += given.captions.get(uri, [])
+        for uri in names:
+            for path, _, _ in sidecars.get(uri, []):
+                found += caption.read_sidecar(path)
+        captions = caption.for_clip(found, row.get("start_s"), row.get("end_s"))
+        yield {**row, "captions": captions}
+
+
+def _clip(row: Row, settings: CurateSettings) -> Clip:
+    path = row.get("frames_tar")
+    if path and row.get("samples") and Path(path).exists():
+        try:
+            return read_clip(_tar(path), row)
+        except KeyError:
+            pass  # the cache was made anew since
+    return look_again(row, settings.watch())
+
+
+@lru_cache(maxsize=4)
+def _tar(path: str) -> tarfile.TarFile:
+    return tarfile.open(path)
+
+
+@lru_cache(maxsize=4)
+def _watched(tar: str) -> dict[str, Row]:
+    file = Path(tar.removesuffix(".frames.tar") + ".parquet")
+    if not file.exists():
+        return {}
+    return {row["uid"]: row for row in read_parquet(file, columns=["uid", *FLOW]).to_pylist()}
+
+
+def _table(rows: Sequence[Row]) -> pa.Table:
+    """Rows as a table: known columns as `clips.CLIPS` has them, other plain values as they are."""
+    known = [field for field in CLIPS if field.name not in ("verdict", "reasons", "meta")]
+    columns = {
+        field.name: pa.array([row.get(field.name) for row in rows], type=field.type)
+        for field in known
+    }
+    others = {key for row in rows for key in row} - set(CLIPS.names) - {"embedding", "frames_tar"}
+    for key in sorted(others):
+        try:
+            columns[key] = pa.array([row.get(key) for row in rows])
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            continue  # of several kinds: no rule can speak of it
+    return pa.table(columns)
+
+
+def _embeddings(rows: Sequence[Row]) -> pa.Table | None:
+    found = [(row["uid"], row["embedding"]) for row in rows if row.get("embedding")]
+    if not found:
+        return None
+    uids, vectors = zip(*found, strict=True)
+    return pa.table({"uid": uids, "embedding": pa.array(vectors, pa.list_(pa.float32()))})

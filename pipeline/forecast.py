@@ -1,0 +1,108 @@
+"""What a run would do, before it does it: stages, parts, and about how long it takes.
+
+The lengths of a few sources are read from their headers, never decoded; the rest is multiplication.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unimodal.pipeline import fetch, media
+from unimodal.pipeline.bounds import Limits, Probe
+from unimodal.pipeline.errors import MediaError
+from unimodal.pipeline.inputs import Source
+from unimodal.pipeline.parts import plan, read_parts
+from unimodal.pipeline.presets import CurateSettings
+from unimodal.pipeline.stage import PartFiles
+from unimodal.pipeline.stages import part_stages
+
+PROBED = 32
+"""Sources whose headers are read."""
+
+# CPU seconds, measured on one core of a machine of 2025 with benchmarks/curation.py.
+DECODE_S = 0.15  # per second of 1280x720 at 24 frames a second, in proportion to pixels
+SAMPLED_S = {"watch": 0.02, "text": 0.045, "quality": 0.01, "embed": 0.5, "nsfw": 0.05}
+"""Per sampled picture (embed: ViT-L/14 on a processor; a GPU needs a hundredth)."""
+
+SAMPLE_BYTES = 60_000
+"""A stored picture."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What `curate --plan` prints."""
+
+    sources: int
+    bytes: int
+    images: int  # by the share among the probed ones
+    video_s: float
+    unreadable: int
+    parts: int
+    stages: tuple[tuple[str, str], ...]  # name, what will happen
+    cpu_s: float
+    disk_bytes: int
+
+
+def forecast(sources: Sequence[Source], out: Path, settings: CurateSettings) -> Forecast:
+    """What `curate` would do with listed sources in the run directory `out`."""
+    stages = part_stages(settings)
+    previous = read_parts(out / "parts.parquet")
+    watched = out / stages.watch.folder
+    parts = plan(sources, previous, lambda name: PartFiles(watched, name).done(), settings.parts)
+    chosen = sorted(sources, key=lambda s: hashlib.sha256(s.uri.encode()).digest())[:PROBED]
+    probes = [_probe(source, settings.limits) for source in chosen]
+    seen = [(source, found) for source, found in zip(chosen, probes, strict=True) if found]
+    share = len(sources) / max(1, len(chosen))
+    # Length goes with bytes: a mean over files would be one long video's, or miss it.
+    bytes_seen = sum(source.size for source, found in seen if found.kind == "video")
+    seconds_seen = sum(found.duration_s or 0.0 for _, found in seen if found.kind == "video")
+    images = round(share * sum(found.kind == "image" for _, found in seen))
+    bytes_all = sum(source.size for source in sources)
+    video_share = bytes_seen / max(1, sum(source.size for source in chosen))
+    video_s = seconds_seen * (bytes_all * video_share / bytes_seen) if bytes_seen else 0.0
+    pixels = [found.width * found.height for _, found in seen if found.kind == "video"]
+    size = (sum(pixels) / len(pixels) if pixels else 0) / (1280 * 720)
+    pictures = {"video": settings.keyframes.fps * video_s, "image": float(images)}
+    cpu = 0.0
+    lines = []
+    for stage in stages.by_part:
+        folder = out / stage.folder
+        missing = [part for part in parts if not PartFiles(folder, part.name).done()]
+        todo = sum(s.size for part in missing for s in part.sources) / max(1, bytes_all)
+        cost = sum(pictures.values()) * SAMPLED_S[stage.name]
+        cost += DECODE_S * size * video_s if stage.name == "watch" else 0.0
+        cpu += cost * todo
+        state = f"{len(missing)} of {len(parts)} parts to do" if missing else "done"
+        lines.append((stage.name, state))
+    lines += [(name, f"skipped: {why}") for name, why in stages.skipped.items()]
+    lines.append(("caption, decide", "joined at the end"))
+    return Forecast(
+        sources=len(sources),
+        bytes=bytes_all,
+        images=images,
+        video_s=round(video_s, 1),
+        unreadable=round(share * (len(chosen) - len(seen))),
+        parts=len(parts),
+        stages=tuple(lines),
+        cpu_s=round(cpu, 1),
+        disk_bytes=int(sum(pictures.values()) * SAMPLE_BYTES),
+    )
+
+
+def _probe(source: Source, limits: Limits) -> Probe | None:
+    if "://" in source.uri:
+        return None  # it would have to be fetched whole
+    try:
+        with fetch.local(source.uri) as path:
+            return media.probe(path, limits)
+    except (MediaError, OSError):
+        return None
+
+
+def wall_s(found: Forecast, workers: int | None) -> float:
+    """Seconds that it takes with so many processes (default: one per processor)."""
+    return found.cpu_s / (workers or os.cpu_count() or 1)

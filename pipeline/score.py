@@ -1,0 +1,143 @@
+"""The stages after watch that work part by part: text, quality, embed, nsfw, match.
+
+    watch-…/<part>.{parquet,frames.tar} ──> a scorer ──> text-…/<part>.parquet: uid and its columns
+
+A clip that a scorer fails on gets nulls and a quarantine row; nulls never drop a clip. A model is
+loaded once per process and kept from part to part.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from unimodal.pipeline.clips import read_parquet, table
+from unimodal.pipeline.errors import MediaError, UnimodalError, full_disk, reason
+from unimodal.pipeline.frames import Clip, read_clips
+from unimodal.pipeline.stage import PartFiles
+from unimodal.pipeline.tell import Tell
+
+SCORERS = ("text", "quality", "embed", "nsfw")
+"""Modules of `pipeline/scorers` that read pictures, in the order in which they run."""
+
+Scorer = Callable[[Sequence[Clip]], list[dict[str, Any]]]
+
+_LOADED: dict[tuple[str, str], Any] = {}
+
+
+def module(stage: str) -> Any:
+    """The module of a scorer: its VERSION, COLUMNS, BATCH, absent and load."""
+    return importlib.import_module(f"unimodal.pipeline.scorers.{stage}")
+
+
+def loaded(stage: str, settings: Any) -> Any:
+    """The scorer of `stage`, its model in memory."""
+    key = (stage, settings.model_dump_json())
+    if key not in _LOADED:
+        _LOADED[key] = module(stage).load(settings)
+    return _LOADED[key]
+
+
+def score_part(
+    part: str,
+    stage: str,
+    settings: Any,
+    watched: Path,
+    folder: Path,
+    poison: Mapping[str, str] | None = None,
+    tell: Tell | None = None,
+    one_by_one: bool = False,
+) -> None:
+    """Score the clips of a part and commit the columns to `folder`.
+
+    `watched` is the watch stage's folder. Clips in `poison` (uid: reason) have killed a worker
+    before and are not looked at; `one_by_one` makes it known which clip does so. Raises
+    `UnimodalError` if the model cannot be loaded or the disk is full.
+    """
+    tell, poison = tell or Tell(), poison or {}
+    scorer = module(stage)
+    score = loaded(stage, settings)
+    tell.seconds(0.0)  # a model took its time to load: that was no stuck clip
+    rows: list[dict[str, Any]] = []
+    quarantined: list[dict[str, str]] = []
+    try:
+        waiting = read_clips(watched, part)
+        while clips := list(islice(waiting, 1 if one_by_one else scorer.BATCH)):
+            tell.begin(stage, clips[0].row["uid"])
+            for clip, found, why in _scored(clips, score, poison):
+                rows.append({"uid": clip.row["uid"], **found})
+                if why:
+                    uri, line = clip.row["uri"], f"clip {clip.row['uid']}: {why}"
+                    quarantined.append({"uri": uri, "stage": stage, "reason": line, "part": part})
+                tell.done(stage, clip.row["uid"], why)
+        schema = pa.schema([pa.field("uid", pa.string(), nullable=False), *scorer.COLUMNS])
+        PartFiles(folder, part).commit(table(rows, schema), quarantined)
+    except OSError as error:
+        raise full_disk(error, folder) or error from error
+
+
+def match_part(
+    part: str,
+    settings: Any,
+    embedded: Path,
+    captions: Path,
+    folder: Path,
+    tell: Tell | None = None,
+) -> None:
+    """Compare the first caption of each clip with its embedding; commit to `folder`.
+
+    `embedded` is the embed stage's folder, `captions` the caption stage's file.
+    """
+    tell = tell or Tell()
+    tell.begin("match", part)
+    embeddings = read_parquet(PartFiles(embedded, part).rows, columns=["uid", "embedding"])
+    embeddings = embeddings.filter(pc.is_valid(embeddings.column("embedding")))
+    texts = read_parquet(captions)
+    texts = texts.filter(pc.is_in(texts.column("uid"), embeddings.column("uid").combine_chunks()))
+    first = {row["uid"]: row["captions"][0]["text"] for row in texts.to_pylist() if row["captions"]}
+    pairs = [row for row in embeddings.to_pylist() if row["uid"] in first]
+    cosines: list[float] = []
+    if pairs:
+        import numpy as np
+
+        vectors = np.asarray([row["embedding"] for row in pairs], np.float32)
+        cosines = loaded("match", settings)([first[row["uid"]] for row in pairs], vectors)
+    rows = [
+        {"uid": row["uid"], "text_match": cosine}
+        for row, cosine in zip(pairs, cosines, strict=True)
+    ]
+    schema = pa.schema([pa.field("uid", pa.string(), nullable=False), *module("match").COLUMNS])
+    PartFiles(folder, part).commit(table(rows, schema), [])
+    tell.done("match", part, "")
+
+
+def _scored(
+    clips: Sequence[Clip], score: Scorer, poison: Mapping[str, str]
+) -> Iterator[tuple[Clip, dict[str, Any], str]]:
+    """Each clip with what was found, and why nothing was."""
+    healthy = [clip for clip in clips if clip.row["uid"] not in poison]
+    try:
+        found = dict(zip((c.row["uid"] for c in healthy), score(healthy), strict=True))
+    except UnimodalError as error:
+        if not isinstance(error, MediaError):
+            raise
+        found = {}
+    except Exception:
+        found = {}  # one clip of the batch is at fault: find out which
+    for clip in clips:
+        uid = clip.row["uid"]
+        if uid in found:
+            yield clip, found[uid], ""
+        elif uid in poison:
+            yield clip, {}, poison[uid]
+        else:
+            try:
+                yield clip, score([clip])[0], ""
+            except Exception as error:
+                yield clip, {}, reason(error)

@@ -1,0 +1,87 @@
+"""Which stages a run has in one configuration, in which order, and what each of them reads.
+
+    watch ─┬─> text ─────┐
+           ├─> quality ──┤
+           ├─> embed ────┼─> dedup ─> decide ─> clips.parquet, report.html
+           ├─> nsfw ─────┤              ^
+           └─> caption ──┴─> match ─────┘
+
+watch, text, quality, embed, nsfw and match work part by part, wherever the engine runs them; the
+others look at all clips at once. A stage whose weights are missing is left out, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from unimodal.pipeline import decide, dedup, score, watch
+from unimodal.pipeline.stage import Stage
+
+if TYPE_CHECKING:
+    from unimodal.pipeline.presets import CurateSettings
+
+SKIPPABLE = (*score.SCORERS, "dedup", "match")
+"""Stages that `skip` may name; the run goes on without them."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages that read pictures, and why others do not run."""
+
+    watch: Stage
+    scores: tuple[Stage, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def by_part(self) -> tuple[Stage, ...]:
+        """Those that need nothing but a part."""
+        return (self.watch, *self.scores)
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Folder of each."""
+        return {stage.name: stage.folder for stage in self.by_part}
+
+
+def part_stages(settings: CurateSettings) -> Stages:
+    """The stages of a configuration that work part by part, before anything is joined."""
+    first = Stage("watch", watch.VERSION, settings.watch().digest())
+    scores: list[Stage] = []
+    skipped: dict[str, str] = {}
+    for name in score.SCORERS:
+        module = score.module(name)
+        own = getattr(settings, name)
+        why = "switched off (skip)" if name in settings.skip else module.absent(own)
+        if why:
+            skipped[name] = why
+        else:
+            # Weights may be replaced under their name: what is in them counts.
+            weights = (module.identity(own),) if hasattr(module, "identity") else ()
+            scores.append(Stage(name, module.VERSION, own.digest(), (first.folder, *weights)))
+    if "dedup" in settings.skip:
+        skipped["dedup"] = "switched off (skip)"
+    if "match" in settings.skip:
+        skipped["match"] = "switched off (skip)"
+    elif "embed" in skipped:
+        skipped["match"] = "it reads what embed writes"
+    return Stages(first, tuple(scores), skipped)
+
+
+def dedup_stage(stages: Stages, settings: CurateSettings, live: str) -> Stage:
+    """The stage that groups near-duplicates among the live parts (`live`: their digest)."""
+    reads = tuple(stage.folder for stage in stages.by_part if stage.name != "text")
+    return Stage("dedup", dedup.VERSION, settings.dedup.digest(), (*reads, live))
+
+
+def match_stage(stages: Stages, settings: CurateSettings, captions: Stage) -> Stage:
+    """The stage that compares captions with embeddings."""
+    reads = (stages.folders["embed"], captions.folder)
+    return Stage("match", score.module("match").VERSION, settings.embed.digest(), reads)
+
+
+def decide_stage(settings: CurateSettings, live: str, before: Sequence[Stage]) -> Stage:
+    """The stage that applies the thresholds, after all the others."""
+    reads = tuple(stage.folder for stage in before)
+    return Stage("decide", decide.VERSION, settings.decide.digest(), (*reads, live))

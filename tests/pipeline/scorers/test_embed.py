@@ -13,7 +13,7 @@ import pytest
 
 from unimodal.pipeline.errors import UsageError
 from unimodal.pipeline.frames import Clip
-from unimodal.pipeline.scorers import embed
+from unimodal.pipeline.scorers import embed, openclip
 from unimodal.pipeline.scorers.embed import EmbedSettings
 
 WIDTHS = [1024, 128, 64, 16, 1]
@@ -67,9 +67,15 @@ def test_embedding_is_the_unit_mean_of_what_open_clip_gives_for_the_scoring_samp
     assert np.linalg.norm(first) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("room", [1, 4])
 def test_embedding_does_not_depend_on_the_clips_beside_it(
-    settings: EmbedSettings, jpegs: list[bytes], clip_of: Callable[..., Clip]
+    settings: EmbedSettings,
+    jpegs: list[bytes],
+    clip_of: Callable[..., Clip],
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
 ) -> None:
+    monkeypatch.setitem(openclip.ROOM, "cpu", room)
     clips = [clip_of(*jpegs[:3]), clip_of(jpegs[3]), clip_of(jpegs[1], jpegs[2])]
     score = embed.load(settings)
     assert score(clips) == [score([clip])[0] for clip in clips]

@@ -112,4 +112,4 @@ def _details(clip: Mapping[str, Any]) -> Html:
     rows += [
         (cut_off(str(key), 40), cut_off(str(value))) for key, value in (clip["meta"] or [])[:12]
     ]
-    return h("dl", ((h("dt", name), h("dd", value)) for name, value in rows))
+    return h("dl", (h("div", h("dt", name), h("dd", value)) for name, value in rows))

@@ -39,7 +39,7 @@ MOST = 0.7
 def page(facts: Facts) -> str:
     """The whole document."""
     style, script = (
-        (Path(__file__).parent / name).read_text() for name in ("style.css", "script.js")
+        (Path(__file__).parent / name).read_text("utf-8") for name in ("style.css", "script.js")
     )
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_sha256(style)}'; "

@@ -18,12 +18,12 @@ from unimodal.pipeline.observers.keyframes import even
 if TYPE_CHECKING:
     from unimodal.pipeline.run import Run
 
-BOX = (256, 217)
+BOX = (320, 271)
 """Pixels, width and height, that a clip's picture fits in."""
 CELL = (96, 54)
 """Pixels of one frame of a source's film strip."""
 GAP = 2
-QUALITY = 68
+QUALITY = 66
 BACK = 128  # gray level between frames: visible on light pages and on dark ones
 
 Row = Mapping[str, Any]

@@ -58,7 +58,7 @@
     at = visible().indexOf(card);
     const copy = card.cloneNode(true);
     copy.removeAttribute("id");
-    copy.querySelector(".open").remove();
+    for (const extra of copy.querySelectorAll(".open, .words b")) extra.remove();
     const details = copy.querySelector("details");
     details.replaceWith(details.querySelector("dl"));
     const button = (text, label, act) => {

@@ -106,7 +106,7 @@ def span(clip: Mapping[str, Any]) -> str:
     """When a clip of a video is, or how large an image is."""
     if clip["kind"] == "image":
         return f"{clip['width']} × {clip['height']}"
-    return f"{stamp(clip['start_s'])} to {stamp(clip['end_s'])} · {clip['duration_s']:.1f} s"
+    return f"{stamp(clip['start_s'])} to {stamp(clip['end_s'])} · {clip['duration_s']:.1f}\u00a0s"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimodal.pipeline.clips import CLIPS
@@ -239,6 +239,7 @@ def test_places_are_where_tarfile_finds_them_and_broken_tars_are_told(
             places(tmp_path / "bad.tar", wanted)
 
 
+@settings(deadline=None)
 @given(
     count=st.integers(1, 3),
     width=st.integers(1, 8000),
@@ -254,6 +255,7 @@ def test_frames_in_a_picture_lie_inside_it_and_apart(count: int, width: int, hei
     assert taken.max() == 1
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40),
     cut=st.floats(-1e6, 1e6),

@@ -12,11 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scenedetect import AdaptiveDetector, FrameTimecode, StatsManager, ThresholdDetector
 
 from unimodal.pipeline import media
+from unimodal.pipeline.clips import WATCH
 from unimodal.pipeline.framepass import Timeline, watch_frames
+from unimodal.pipeline.inputs import list_sources
 from unimodal.pipeline.observers.cut import (
     Cut,
     Cuts,
@@ -26,6 +29,7 @@ from unimodal.pipeline.observers.cut import (
     spans,
     transitions,
 )
+from unimodal.pipeline.watch import WatchSettings, watch_part
 
 
 def _cuts(path: Path, settings: CutSettings) -> tuple[Timeline, list[Cut]]:
@@ -143,6 +147,24 @@ def test_the_evidence_of_a_cut_is_what_pyscenedetect_measures_there(
         assert cut.evidence.score == pytest.approx(theirs, rel=1e-12)
         assert cut.evidence.threshold == (settings.adaptive or settings.content or settings.fade)
         assert (cut.evidence.score >= cut.evidence.threshold) == (column != "average_rgb")
+
+
+def test_a_row_says_which_detector_saw_where_its_clip_begins_and_ends(
+    bikes: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings = WatchSettings(cut=CutSettings(adaptive=0, content=27, max_clip_s=1.0))
+    watch_part("p", list_sources([bikes, photos / "coffee.png"]), settings, tmp_path)
+    rows = pq.read_table(tmp_path / "p.parquet", schema=WATCH).to_pylist()
+    assert {row["starts_at"] for row in rows} == {None, "source", "cut", "split"}
+    for row in rows:
+        for reason, evidence in (
+            (row["starts_at"], row["start_cut"]),
+            (row["ends_at"], row["end_cut"]),
+        ):
+            assert (evidence is None) == (reason != "cut")
+            if evidence is not None:
+                assert evidence["detector"] == "content"
+                assert evidence["score"] >= evidence["threshold"] == 27
 
 
 def test_a_still_picture_that_jumps_has_the_largest_ratio_there_is(

@@ -1,116 +1,134 @@
-"""CLIP embeddings of a clip's pictures, and LAION's aesthetic score of them.
+"""CLIP embeddings of the stored pictures, and how pleasing LAION's predictors find them.
 
-    scoring samples ──> open_clip ──> unit vectors ──> mean, unit length: `embedding`
-                                            └──> LAION's head ──> the worst sample's: `aesthetic`
+    scoring samples ──> open_clip's own preprocessing ──> unit vectors ─┬─> mean ──> embedding
+                                                                        └─> head ──> aesthetic
 
-No weights come with this package, and none are fetched unless a hub is named. LAION's heads were
-trained on the embeddings of OpenAI's ViT-L/14, which needs QuickGELU:
-
-    embed.model=ViT-L-14 embed.weights=hub:openai embed.aesthetic=sac+logos+ava1-l14-linearMSE.pth
-
-Files are read as tensors (safetensors, or torch.load with weights_only=True): nothing in them runs.
+The heads were trained on OpenAI's ViT-L/14: other weights give other numbers, and thresholds of
+their own.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from unimodal.pipeline.clips import EMBED as COLUMNS
-from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.errors import MediaError, UsageError
 from unimodal.pipeline.frames import Clip
+from unimodal.pipeline.scorers.openclip import HUB, clip_model
+from unimodal.pipeline.scorers.weights import fingerprint, state_dict
 from unimodal.pipeline.settings import Settings
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 VERSION = 1
 # 12 pictures: 27 s of one core with ViT-L/14, well within what the supervisor takes for a stall.
 BATCH = 4
 
-MLP = (1024, 128, 64, 16, 1)
-"""Outputs of the layers of LAION's improved predictor; no activation stands between them."""
+MLP = ["layers.0", "layers.2", "layers.4", "layers.6", "layers.7"]  # dropout in between, no more
 
 
 class EmbedSettings(Settings):
-    """CLIP embeddings and aesthetics."""
+    """Which CLIP, with which weights."""
 
-    model: str = "ViT-L-14"
-    """Name of the architecture in open_clip."""
+    model: str = "ViT-L-14-quickgelu"
+    """Architecture, by open_clip's name. This is OpenAI's ViT-L/14; LAION's own is ViT-L-14."""
     weights: str | None = None
-    """A checkpoint file, a folder with open_clip_config.json and a checkpoint (then `model` is not
-    read), "hub:TAG" with a tag that open_clip knows, or "hf-hub:OWNER/NAME"."""
-    quick_gelu: bool | None = None
-    """OpenAI's weights need it; left out, a tag says so itself, and other weights do not."""
+    """Path of a checkpoint, or "hub:TAG" for one that open_clip downloads; none: skip."""
+    config: str | None = None
+    """Path of an open_clip model config in place of `model`. One named open_clip_config.json, as
+    model repositories have it, also says how pictures are prepared."""
     aesthetic: str | None = None
-    """Weights of LAION's linear head or improved predictor; without them the score is null."""
+    """Path of LAION's aesthetic head, the linear or the improved one; without, no such score."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where it runs; auto takes a GPU if there is one."""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Of the weights and activations. The others save memory on a GPU."""
-    batch: int = 64
-    """Pictures that a GPU is given at once."""
+    """Where the model runs; "auto" takes a GPU if there is one."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the model on a GPU; a CPU always computes in fp32."""
     threads: int = 1
-    """Of torch on the CPU; engines run a part per core."""
+    """Of the model on a CPU; engines run a part per core."""
 
 
 def absent(settings: EmbedSettings) -> str | None:
-    """Which file or package is missing; None if nothing is."""
+    """Why nothing can be embedded; None if it can."""
     if settings.weights is None:
-        return "no weights: set embed.weights=PATH or hub:TAG"
+        return "no weights: set embed.weights=PATH, or hub:openai to download"
     if importlib.util.find_spec("open_clip") is None:
         return "no open_clip: install open-clip-torch"
-    if not settings.weights.startswith(("hub:", "hf-hub:")) and not Path(settings.weights).exists():
-        return f"no weights at embed.weights={settings.weights}"
-    if settings.aesthetic is not None and not Path(settings.aesthetic).is_file():
-        return f"no head at embed.aesthetic={settings.aesthetic}"
+    for name, path in zip(("weights", "config", "aesthetic"), _files(settings), strict=True):
+        if path is not None and not Path(path).is_file():
+            return f"no file at embed.{name}={path}"
     return None
 
 
+def identity(settings: EmbedSettings) -> str:
+    """What tells the contents of the given files apart, 16 hex digits."""
+    return fingerprint(*_files(settings))
+
+
+def _files(settings: EmbedSettings) -> tuple[str | None, str | None, str | None]:
+    local = settings.weights if not (settings.weights or "").startswith(HUB) else None
+    return local, settings.config, settings.aesthetic
+
+
 def load(settings: EmbedSettings) -> Callable[[Sequence[Clip]], list[dict[str, Any]]]:
-    """A function from clips to their columns; raises `UsageError` if the weights do not fit."""
-    clip = Clip_.load(settings)
-    head = aesthetic_head(Path(settings.aesthetic), clip.size) if settings.aesthetic else None
+    """A function from clips to their columns; raises `UsageError` for weights that do not fit."""
+    from PIL import Image
+
+    model = clip_model(settings)
+    aesthetic = head(settings.aesthetic, model.width) if settings.aesthetic else None
 
     def score(clips: Sequence[Clip]) -> list[dict[str, Any]]:
-        counts = [len(one.scoring) for one in clips]
-        pictures = (sample.bgr() for one in clips for sample in one.scoring)
-        vectors = np.split(clip.pictures(pictures), np.cumsum(counts)[:-1])
-        return [_columns(own, head) for own in vectors]
+        units = model.pictures(
+            [
+                Image.fromarray(np.ascontiguousarray(sample.bgr()[..., ::-1]))
+                for clip in clips
+                for sample in clip.scoring
+            ]
+        )
+        rows: list[dict[str, Any]] = []
+        for clip in clips:
+            own, units = np.split(units, [len(clip.scoring)])
+            rows.append(_columns(own, aesthetic))
+        return rows
 
     return score
 
 
-def _columns(
-    vectors: np.ndarray, head: list[tuple[np.ndarray, np.ndarray]] | None
-) -> dict[str, Any]:
-    """Columns from the unit vectors [N, D] of one clip's samples."""
-    if not len(vectors):
+def _columns(units: np.ndarray, aesthetic: tuple[np.ndarray, float] | None) -> dict[str, Any]:
+    """The columns of a clip from its samples' unit vectors, float64 [N, D]."""
+    if not len(units):
         return dict.fromkeys(COLUMNS.names)
-    mean = vectors.mean(axis=0, dtype=np.float64)
-    worst = None
-    if head is not None:
-        values = vectors.astype(np.float64)
-        for weight, bias in head:
-            values = values @ weight.T + bias
-        worst = float(values.min())
-    return {"aesthetic": worst, "embedding": (mean / np.linalg.norm(mean)).astype(np.float32)}
+    mean = units.mean(axis=0)
+    embedding = (mean / np.linalg.norm(mean)).astype(np.float32)
+    if not np.isfinite(embedding).all():
+        raise MediaError("its embedding is not finite: try embed.precision=fp32")
+    scores = [float(unit @ aesthetic[0]) + aesthetic[1] for unit in units] if aesthetic else []
+    return {"aesthetic": min(scores, default=None), "embedding": embedding.tolist()}
 
 
-@dataclass(frozen=True)
-class Clip_:
-    """A loaded CLIP model."""
+def head(path: str, width: int) -> tuple[np.ndarray, float]:
+    """LAION's head for embeddings of `width`: weights, float64 [D], and offset.
 
-    model: Any
-    preprocess: Callable[[Any], Tensor]
-    tokenize: Callable[[list[str]], Tensor]
-    settings: EmbedSettings
-    device: str
+    Known are the linear one (LAION-Aesthetics_Predictor V1) and the improved one (sac+logos+ava1).
+    The latter's five layers have nothing nonlinear in between, so they too are one linear map.
+    Raises `UsageError` for any other file.
+    """
+    tensors = {name: value.double().numpy() for name, value in state_dict(path).items()}
+    layers = [""] if "weight" in tensors else [f"{name}." for name in MLP]
+    if set(tensors) != {f"{layer}{kind}" for layer in layers for kind in ("weight", "bias")}:
+        names = ", ".join(sorted(tensors)[:6])
+        raise UsageError(f"{path} is no aesthetic head of LAION's: it has {names}")
+    weight, offset = np.eye(width), np.zeros(width)
+    for layer in layers:
+        own, bias = tensors[f"{layer}weight"], tensors[f"{layer}bias"]
+        if own.ndim != 2 or own.shape[1] != len(weight) or bias.shape != own.shape[:1]:
+            raise UsageError(
+                f"{path}: {layer}weight {list(own.shape)} does not take the {len(weight)} numbers "
+                f"that come in; embed.model gives {width}: the head was trained on another CLIP"
+            )
+        weight, offset = own @ weight, own @ offset + bias
+    if len(weight) != 1:
+        raise UsageError(f"{path} is no aesthetic head: it gives {len(weight)} numbers, not one")
+    return weight[0], float(offset[0])

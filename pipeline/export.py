@@ -162,10 +162,10 @@ def _complete(out: Path, uid: str, how: Mapping[str, Any]) -> dict[str, Any] | N
 def _sidecar(row: Row, stem: Path, made: Mapping[str, Any]) -> dict[str, Any]:
     """Write a clip's .json and .txt where they differ from what is there; return the former."""
     note = {**row, "meta": dict(row["meta"] or []), "export": made}
-    captions = row["captions"] or []
+    captions = [c["text"] for c in row["captions"] or [] if c["text"]]
     texts = {".json": json.dumps(note, indent=1, ensure_ascii=False) + "\n"}
     if captions:
-        texts[".txt"] = captions[0]["text"] + "\n"
+        texts[".txt"] = captions[0] + "\n"
     else:
         stem.with_suffix(".txt").unlink(missing_ok=True)
     for suffix, text in sorted(texts.items(), reverse=True):  # the .json last: it is the mark

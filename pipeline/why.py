@@ -293,7 +293,7 @@ def _clip_lines(found: Mapping[str, Any]) -> Iterable[str]:
     yield from ("", "captions" if found["captions"] else "no captions")
     for caption in found["captions"]:
         told = [str(caption[k]) for k in ("style", "lang", "model", "status") if caption[k]]
-        yield f"  {caption['text']}  ({', '.join(told)})"
+        yield f"  {caption['text'] or 'none'}  ({', '.join(told)})"
     if found["meta"]:
         yield from ("", "came along")
         yield from (f"  {key}: {value}" for key, value in found["meta"].items())

@@ -35,7 +35,7 @@ class Cards:
         self.seen.add(uid)
         picture = facts.pictures.clips.get(uid)
         what = "Frames" if clip["kind"] == "video" else "Picture"
-        captions = clip["captions"] or []
+        captions = [caption for caption in clip["captions"] or [] if caption["text"]]
         rules = [i for i, drops in enumerate(facts.drops) if drops[row]]
         return h(
             "article",
@@ -108,7 +108,8 @@ def _details(clip: Mapping[str, Any]) -> Html:
     rows += [("also at", cut_off(uri)) for uri in (clip["aliases"] or [])[:5]]
     for caption in (clip["captions"] or [])[:8]:
         told = ", ".join(str(caption[k]) for k in ("style", "lang", "model") if caption[k])
-        rows.append((f"caption ({told})", h("span", cut_off(caption["text"]), dir="auto")))
+        words = caption["text"] or f"none: {caption['status']}"  # a model may have failed
+        rows.append((f"caption ({cut_off(told, 80)})", h("span", cut_off(words), dir="auto")))
     rows += [
         (cut_off(str(key), 40), cut_off(str(value))) for key, value in (clip["meta"] or [])[:12]
     ]

@@ -38,8 +38,8 @@ class Block:
 
 def number(value: float) -> str:
     """A number as people write it: 1,234; 0.0123; 1.2e-07."""
-    if math.isnan(value):
-        return "none"
+    if not math.isfinite(value):
+        return "none" if math.isnan(value) else "infinite"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -153,23 +153,31 @@ class Facts:
         seconds = np.zeros(len(uris))
         np.maximum.at(seconds, codes, np.nan_to_num(self.numbers("end_s")[rows]))
         longest = sorted(range(len(uris)), key=lambda i: (-seconds[i], uris[i]))[:SOURCES]
-        columns = [
-            "uid",
-            "part",
-            "start_s",
-            "end_s",
-            "starts_at",
-            "ends_at",
-            "start_cut",
-            "verdict",
-        ]
+        columns = ["uid", "part", "start_s", "end_s", "starts_at", "verdict", "reasons"]
         found = []
         for source in sorted(longest, key=lambda i: uris[i]):
-            mine = self.clips.take(pa.array(rows[codes == source]))
-            clips = mine.select([*columns, "reasons", "samples"]).to_pylist()
-            strip = _strip(clips, float(seconds[source]))
+            mine = rows[codes == source]
+            clips = self.clips.select(columns).take(pa.array(mine)).to_pylist()
+            strip = self._strip(mine, clips, float(seconds[source]))
             found.append(Source(uris[source], float(seconds[source]), clips, strip))
         return found, len(uris)
+
+    def _strip(
+        self, rows: np.ndarray, clips: Sequence[dict[str, Any]], seconds: float
+    ) -> tuple[Member | None, ...]:
+        """For each of `CELLS` equal spans of a video, a sample near its middle, if there is one."""
+        starts, ends = (np.array([clip[at] for clip in clips]) for at in ("start_s", "end_s"))
+        middles = [(number + 0.5) * seconds / CELLS for number in range(CELLS)]
+        # Of a long film, only the samples of the clips that these moments lie in are looked at.
+        near = [int(np.argmin(np.maximum(starts - at, at - ends))) for at in middles]
+        samples = self.clips.column("samples").take(pa.array(rows[near])).to_pylist()
+        cells: list[Member | None] = []
+        for at, clip, stored in zip(middles, near, samples, strict=True):
+            away = [(abs(s["time_s"] - at), s["member"]) for s in stored or []]
+            distance, member = min(away, default=(seconds, ""))
+            close = distance < seconds / CELLS
+            cells.append((clips[clip]["part"], member) if close else None)
+        return tuple(cells)
 
     @cached_property
     def shown(self) -> dict[int, dict[str, Any]]:
@@ -197,24 +205,3 @@ def _nearest(rule: Judged, side: np.ndarray) -> tuple[int, ...]:
     rows = np.flatnonzero(side & np.isfinite(rule.values))
     distance = np.abs(rule.values[rows] - rule.threshold)
     return tuple(int(row) for row in rows[np.lexsort((rows, distance))][:NEAR])
-
-
-def _strip(clips: Sequence[dict[str, Any]], seconds: float) -> tuple[Member | None, ...]:
-    """For each of `CELLS` equal spans of a video, the sample nearest to its middle, if any is."""
-    samples: Iterable[tuple[float, Member]] = (
-        (sample["time_s"], (clip["part"], sample["member"]))
-        for clip in clips
-        for sample in clip["samples"] or []
-        if sample["time_s"] is not None
-    )
-    ordered = sorted(samples)
-    times = np.array([time for time, _ in ordered])
-    cells: list[Member | None] = []
-    for number in range(CELLS):
-        middle = (number + 0.5) * seconds / CELLS
-        nearest = int(np.argmin(np.abs(times - middle))) if ordered else None
-        if nearest is None or abs(times[nearest] - middle) > seconds / CELLS:
-            cells.append(None)
-        else:
-            cells.append(ordered[nearest][1])
-    return tuple(cells)

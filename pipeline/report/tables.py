@@ -32,7 +32,7 @@ def captions(facts: Facts) -> Html | None:
         {
             **{name: pc.fill_null(flat.field(name), "") for name in ("style", "lang", "model")},
             "status": pc.fill_null(flat.field("status"), ""),
-            "length": pc.utf8_length(flat.field("text")),
+            "length": pc.fill_null(pc.utf8_length(flat.field("text")), 0),
         }
     ).group_by(["style", "lang", "model", "status"])
     rows = groups.aggregate([("length", "count"), ("length", "mean")]).to_pylist()

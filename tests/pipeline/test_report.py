@@ -196,6 +196,17 @@ def test_a_run_without_clips_has_a_report_of_what_went_wrong(tmp_path: Path) -> 
     assert "0</strong> of 0 clips kept" in page and "not a video that can be read" in page
 
 
+def test_captions_that_a_model_failed_to_write_are_told_as_such(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    failed = {"style": "dense", "model": "a-model", "status": "failed: no answer", "text": None}
+    at = run.clips.schema.get_field_index("captions")
+    captions = pa.array([[failed]] * run.clips.num_rows, CLIPS.field("captions").type)
+    clips = run.clips.set_column(at, CLIPS.field("captions"), captions)
+    pq.write_table(clips, tmp_path / "run" / "clips.parquet")
+    page = write_report(Run.open(tmp_path / "run")).read_text()
+    assert "none: failed: no answer" in page and "<td>a-model</td>" in page
+
+
 def test_a_large_run_costs_seconds_and_a_few_megabytes(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.path, tmp_path / "run")
     many = 30_000

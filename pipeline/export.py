@@ -144,7 +144,7 @@ def _chosen(run: Run, where: str) -> list[dict[str, Any]]:
         except duckdb.Error as error:
             line = str(error).splitlines()[0]
             raise UsageError(f'the condition "{where}" cannot be evaluated: {line}') from error
-    return clips.drop_columns(["samples"]).take(chosen).to_pylist()
+    return clips.take(chosen).to_pylist()
 
 
 def _complete(out: Path, uid: str, how: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -274,8 +274,6 @@ def _copy(path: Path, row: Row, out: Path, inside: bool, limits: Limits) -> tupl
     form = "mp4" if row["codec"] in MP4 else "matroska"
     with media.open_video(path, limits) as video, av.open(str(out), "w", format=form) as container:
         stream = container.add_stream_from_template(video.stream)
-        if video.turns:
-            stream.set_display_rotation(90 * video.turns)
         start = end = None
         for packet in _packets(path, video.stream.index, row["start_pts"], row["end_pts"], inside):
             shown = packet.pts

@@ -48,6 +48,11 @@ def _frames(path: Path, start: int | None = None, end: int | None = None) -> dic
     return {pts * tick: pixels for pts, pixels in media.iter_frames(path, start, end)}
 
 
+def _packets(path: Path) -> list[Any]:
+    with av.open(str(path)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
+
+
 def _index(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "clips.jsonl").read_text().splitlines()]
 
@@ -130,6 +135,8 @@ def test_copied_packets_show_the_very_pixels_of_the_source_at_their_times(
             assert np.array_equal(pictures[nearest], pixels), (row["uri"], at)
             found.add(nearest)
         assert len(found) == len(seen)
+        # Nothing that cannot be decoded, as frames that lean on a scene left out.
+        assert len(_packets(tmp_path / "out" / made["file"])) == len(seen)
         inside = [
             i for i, at in enumerate(original) if row["start_pts"] <= at / tick < row["end_pts"]
         ]
@@ -174,6 +181,8 @@ def test_exact_clips_have_every_frame_at_its_time_and_no_other(
             (stream,) = container.streams
             assert stream.type == "video" and stream.duration is not None
             length = stream.duration * stream.time_base
+        keys = sum(packet.is_keyframe for packet in _packets(tmp_path / "out" / made["file"]))
+        assert keys == 1  # the source's key frames are not the encoder's
         assert length == pytest.approx((row["end_pts"] * tick) - span[0][0], abs=0.002)
         assert made["start_pts"] * tick == span[0][0]
 

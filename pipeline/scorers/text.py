@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import field_validator
 
 from unimodal.pipeline.clips import TEXT as COLUMNS
 from unimodal.pipeline.errors import UsageError
 from unimodal.pipeline.framepass import one_opencv_thread
 from unimodal.pipeline.frames import Clip
+from unimodal.pipeline.scorers.weights import fingerprint
 from unimodal.pipeline.settings import Settings
 
 VERSION = 1
@@ -88,6 +90,12 @@ class TextSettings(Settings):
     threads: int = 1
     """Of the detector; engines run a part per core, so more would get in each other's way."""
 
+    @field_validator("model", "long_side", "short_side", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        """On a command line, None is written "none"."""
+        return None if value == "none" else value
+
 
 def absent(settings: TextSettings) -> str | None:
     """Why text cannot be looked for; None if it can."""
@@ -98,6 +106,11 @@ def absent(settings: TextSettings) -> str | None:
     except UsageError as error:
         return str(error)
     return None
+
+
+def identity(settings: TextSettings) -> str:
+    """What tells the detector in use apart, 16 hex digits: packages bring another now and then."""
+    return fingerprint(str(model_path(settings)))
 
 
 def model_path(settings: TextSettings) -> Path:
@@ -165,9 +178,9 @@ def boxes(probability: np.ndarray, short_side: int, settings: TextSettings) -> n
     """
     import cv2
 
-    mask = (probability > settings.threshold).astype(np.uint8)
-    mask = cv2.dilate(mask, np.ones((2, 2), np.uint8))
-    regions, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    likely = (probability > settings.threshold).astype(np.uint8)
+    joined = cv2.dilate(likely, np.ones((2, 2), np.uint8))
+    regions, _ = cv2.findContours(joined, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     found = []
     for region in regions:
         center, (width, height), angle = cv2.minAreaRect(region)
@@ -178,14 +191,14 @@ def boxes(probability: np.ndarray, short_side: int, settings: TextSettings) -> n
         inside = np.zeros((h, w), np.uint8)
         cv2.drawContours(inside, [region], -1, 1, cv2.FILLED, offset=(-x, -y))
         box = np.zeros((h, w), np.uint8)
-        corners = cv2.boxPoints((center, (width, height), angle)) - (x, y)
+        corners = cv2.boxPoints((center, (width, height), angle)) - np.array([x, y], np.float32)
         cv2.fillPoly(box, [corners.astype(np.int32)], 1)
         piece = probability[y : y + h, x : x + w]
         if cv2.mean(piece, box)[0] < settings.score:
             continue
-        likely = piece[(inside > 0) & (piece > settings.threshold)]
+        own = piece[(inside > 0) & (piece > settings.threshold)]
         thick = thickness > settings.thick * short_side
-        if np.mean(likely > 0.8) < (settings.crisp_thick if thick else settings.crisp):
+        if np.mean(own > 0.8) < (settings.crisp_thick if thick else settings.crisp):
             continue
         grow = width * height * settings.unclip / (width + height)  # on both sides together
         found.append(cv2.boxPoints((center, (width + grow, height + grow), angle)))
@@ -246,7 +259,7 @@ def look(
             else:
                 found[i] = np.concatenate(
                     [
-                        find(picture[top:bottom], min(size)) + np.float32([0, top])
+                        find(picture[top:bottom], min(size)) + np.array([0, top], np.float32)
                         for top, bottom in _bands([found[end] for end in ends], height)
                     ]
                 )
@@ -357,7 +370,7 @@ def _coarse(times: Sequence[float], step: float) -> list[int]:
         before = chosen[-1] if chosen else -1
         ahead = times[i + 1] - times[max(before, 0)] if i + 1 < len(times) else 0.0
         # A tolerance of half a frame: sample times of film are off the half-second grid.
-        if i - before > 1 or ahead > (step if chosen else step / 2) + 0.02:
+        if not step or i - before > 1 or ahead > (step if chosen else step / 2) + 0.02:
             chosen.append(i)
     return chosen or list(range(len(times)))
 

@@ -114,8 +114,8 @@ def _keyframes(run: Any) -> dict[str, list[str]]:
     from unimodal.pipeline.report.pictures import places
 
     wanted: dict[str, dict[str, list[str]]] = {}  # part, uid, members
-    for row in run.clips.select(["part", "uid", "samples"]).to_pylist():
-        members = [sample["member"] for sample in row["samples"] if sample["keyframe"]]
+    for row in run.clips.select(["part", "uid"]).to_pylist():
+        members = [sample["member"] for sample in run.samples(row["part"])[row["uid"]] if sample["keyframe"]]
         shown = [members[i] for i in _even(len(members), 4)]
         wanted.setdefault(row["part"], {})[row["uid"]] = shown
     found: dict[str, list[str]] = {}

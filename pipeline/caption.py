@@ -29,7 +29,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from unimodal.pipeline import fetch, remote, tables, tars
+from unimodal.pipeline.clips import CAPTION, CLIPS, read_parquet, table, write_parquet
 from unimodal.pipeline.errors import MediaError
 from unimodal.pipeline.settings import Settings
 
@@ -87,6 +90,45 @@ class Given:
             both.add(uri, other.captions.get(uri, ()), other.meta.get(uri))
         both.sick = {**other.sick, **self.sick}
         return both
+
+    def write(self, path: Path) -> None:
+        """Keep all of it in a Parquet file, so that a run can be updated without its inputs."""
+        if not self.captions and not self.meta and not self.sick:
+            path.unlink(missing_ok=True)
+            return
+        rows = [
+            {
+                "uri": uri,
+                "captions": [vars(found) for found in self.captions.get(uri, ())],
+                "meta": list(self.meta.get(uri, {}).items()),
+                "sick": self.sick.get(uri),
+            }
+            for uri in sorted({*self.captions, *self.meta, *self.sick})
+        ]
+        write_parquet(table(rows, GIVEN), path)
+
+    @classmethod
+    def read(cls, path: Path) -> Given:
+        """What `write` kept; nothing if there is no such file."""
+        given = cls()
+        if path.exists():
+            names = ("text", "style", "lang", "start_s", "end_s")
+            for row in read_parquet(path).to_pylist():
+                found = [Caption(*(said[name] for name in names)) for said in row["captions"]]
+                given.add(row["uri"], found, dict(row["meta"]))
+                if row["sick"]:
+                    given.sick[row["uri"]] = row["sick"]
+        return given
+
+
+GIVEN = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("captions", pa.list_(CAPTION)),
+        pa.field("meta", CLIPS.field("meta").type),
+        pa.field("sick", pa.string()),
+    ]
+)
 
 
 def read_given(captions: Mapping[str, Any] | str | Path | None) -> Given:

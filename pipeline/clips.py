@@ -138,7 +138,8 @@ DEDUP = pa.schema(
 CLIPS = pa.schema(
     [
         pa.field("part", pa.string(), nullable=False),
-        *WATCH,
+        *SPAN,
+        *SCORES,
         *(field for field in (*TEXT, *QUALITY, *EMBED, *NSFW, *MATCH) if field.name != "embedding"),
         *DEDUP,
         pa.field("aliases", pa.list_(pa.string())),  # other paths with the same bytes
@@ -148,7 +149,11 @@ CLIPS = pa.schema(
         pa.field("reasons", pa.list_(pa.string())),  # stage:score:threshold, empty when kept
     ]
 )
-"""The joined view, clips.parquet: sorted by uri, then start_pts."""
+"""The joined view, clips.parquet: sorted by uri, then start_pts.
+
+The list of stored pictures stays with the part: it is longer than all the rest together, and a
+million clips are decided anew in seconds without it.
+"""
 
 QUARANTINE = pa.schema(
     [

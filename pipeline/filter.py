@@ -78,8 +78,10 @@ def cut_rows(
     def rows() -> Iterator[Row]:
         for batch in run.clips.select(names).to_batches(max_chunksize=1000):
             for row in batch.to_pylist():
+                kept = run.samples(row["part"])[row["uid"]]
                 tar = str(run.frames_tar(row["part"]))
-                yield {**row, "meta": dict(row["meta"] or []), "frames_tar": tar}
+                meta = dict(row["meta"] or [])
+                yield {**row, "meta": meta, "samples": kept, "frames_tar": tar}
 
     return rows(), run
 
@@ -182,11 +184,17 @@ def _watched(tar: str) -> dict[str, Row]:
 def _table(rows: Sequence[Row]) -> pa.Table:
     """Rows as a table: known columns as `clips.CLIPS` has them, other plain values as they are."""
     known = [field for field in CLIPS if field.name not in ("verdict", "reasons", "meta")]
+    known.append(WATCH.field("samples"))
     columns = {
         field.name: pa.array([row.get(field.name) for row in rows], type=field.type)
         for field in known
     }
-    others = {key for row in rows for key in row} - set(CLIPS.names) - {"embedding", "frames_tar"}
+    others = {key for row in rows for key in row} - {
+        *CLIPS.names,
+        "samples",
+        "embedding",
+        "frames_tar",
+    }
     for key in sorted(others):
         try:
             columns[key] = pa.array([row.get(key) for row in rows])

@@ -109,6 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # For fine-tuning on few good clips: less text, calmer motion, nothing soft, frozen or flashing.
     "strict": {
         "cut": {"trim_s": 0.5},
+        "dedup": {"distance": 8},
         "decide": {
             "image_min_area": 1024 * 1024,
             "image_max_aspect": 3.0,
@@ -124,6 +125,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "flash_max": 0.02,
             "text_area_max": 0.02,
             "text_area_p90_max": 0.05,
+            "text_track_max_s": 0.5,
             "text_corner_max": 0.2,
             "image_aesthetic_min": 6.0,
             "rescue_colorfulness": None,

@@ -1,7 +1,6 @@
 """`curate`: sources in, a run directory out; `update`: the same for a run that is there already.
 
-    list ─> parts ─> watch, text, quality, embed, nsfw (engine) ─> captions ─> match (engine)
-         ─> dedup ─> decide ─> clips.parquet ─> report.html
+    list ─> parts ─> what `work` does with them ─> clips.parquet ─> report.html
 
 Every step looks for its own earlier result first, so the same call again only stats files, and
 a call after a crash does what is missing.
@@ -9,13 +8,12 @@ a call after a crash does what is missing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,27 +22,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unimodal.pipeline import caption, decide, dedup, score, view
-from unimodal.pipeline.clips import CAPTION, CLIPS, DEDUP, read_parquet, write_parquet
-from unimodal.pipeline.engine import choose, run_jobs
-from unimodal.pipeline.errors import UnimodalError, UsageError, full_disk
+from unimodal.pipeline import caption, decide
+from unimodal.pipeline.clips import CLIPS, read_parquet
+from unimodal.pipeline.engine import choose
+from unimodal.pipeline.errors import UsageError, full_disk
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.inputs import list_inputs
 from unimodal.pipeline.lock import run_lock
-from unimodal.pipeline.parts import Part, digest, plan, read_parts, write_parts
+from unimodal.pipeline.parts import Part, plan, read_parts, write_parts
 from unimodal.pipeline.presets import PRESETS, CurateSettings
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.settings import build
-from unimodal.pipeline.stage import PartFiles, Stage, sweep
-from unimodal.pipeline.stages import (
-    Stages,
-    decide_stage,
-    dedup_stage,
-    match_stage,
-    part_stages,
-)
-from unimodal.pipeline.tell import Tell
-from unimodal.pipeline.worker import Job, Step
+from unimodal.pipeline.stage import PartFiles, sweep
+from unimodal.pipeline.stages import part_stages
+from unimodal.pipeline.work import Engine, Work, do_steps, join, part_steps
 
 __all__ = ["PRESETS", "CurateSettings", "Run", "curate", "update"]
 
@@ -106,18 +97,19 @@ class Run:
         """What the run was made with; raises `UsageError` if this version knows them no more."""
         return build(CurateSettings, self.info["settings"])
 
+    def samples(self, part: str) -> dict[str, list[dict[str, Any]]]:
+        """The stored pictures of a part's clips, as `clips.SAMPLE` has them, by uid."""
+        return _samples(PartFiles(self.path / self.info["stages"]["watch"], part).rows)
+
     def frames_tar(self, part: str) -> Path:
         """The tar that holds the sampled frames of a part's clips."""
         return PartFiles(self.path / self.info["stages"]["watch"], part).frames
 
 
-@dataclass(frozen=True)
-class Engine:
-    """Who does the work: auto, inline, local or ray; so many processes; a cluster's address."""
-
-    name: str = "auto"
-    workers: int | None = None
-    address: str | None = None
+@lru_cache(maxsize=16)
+def _samples(rows: Path) -> dict[str, list[dict[str, Any]]]:
+    found = read_parquet(rows, columns=["uid", "samples"]).to_pylist()
+    return {row["uid"]: row["samples"] for row in found}
 
 
 def curate(
@@ -173,9 +165,10 @@ def curate(
         )
         if parts != previous or not (out / "parts.parquet").exists():
             write_parts(parts, out / "parts.parquet")
-        _keep_given(given, out / "given.parquet")
+        given.write(out / "given.parquet")
         seconds = {"list": time.time() - begun}
-        return _bring_up(out, parts, given, settings, stages, driver, progress, seconds)
+        work = Work(out, parts, given, settings, stages, driver, progress)
+        return _bring_up(work, seconds)
 
 
 def update(
@@ -200,207 +193,28 @@ def update(
     with run_lock(path, progress), _disk(path):
         sweep(path)
         parts = read_parts(path / "parts.parquet")
-        given = _kept_given(path / "given.parquet")
-        return _bring_up(path, parts, given, settings, part_stages(settings), driver, progress, {})
+        given = caption.Given.read(path / "given.parquet")
+        work = Work(path, parts, given, settings, part_stages(settings), driver, progress)
+        return _bring_up(work, {})
 
 
-def _bring_up(
-    out: Path,
-    parts: Sequence[Part],
-    given: caption.Given,
-    settings: CurateSettings,
-    stages: Stages,
-    driver: Engine,
-    progress: Progress,
-    seconds: dict[str, float],
-) -> Run:
+def _bring_up(work: Work, seconds: dict[str, float]) -> Run:
     """Do what is missing of a run whose parts are known."""
     at = time.time()
-    steps = [_step(out, stage, stages, settings) for stage in stages.by_part]
-    _work(parts, steps, settings, driver, progress)
-    sweep(out)  # what a lost node left behind
+    do_steps(work, part_steps(work))
+    sweep(work.out)  # what a lost node left behind
     seconds["parts"] = time.time() - at
     at = time.time()
-    folders = _join(out, parts, given, settings, stages, driver, progress)
+    folders = join(work)
     seconds["join"] = time.time() - at
-    run = Run(out)
-    _write_info(run, settings, folders, stages.skipped, parts, driver.name, seconds)
-    report = out / "report.html"
-    if settings.report and not report.exists():
+    run = Run(work.out)
+    _write_info(run, work, folders, seconds)
+    report = work.out / "report.html"
+    if work.settings.report and not report.exists():
         from unimodal.pipeline.report import write_report
 
         write_report(run, report)
     return run
-
-
-def _join(
-    out: Path,
-    parts: Sequence[Part],
-    given: caption.Given,
-    settings: CurateSettings,
-    stages: Stages,
-    driver: Engine,
-    progress: Progress,
-) -> dict[str, str]:
-    """The stages that look at all clips at once; returns the folder of every stage."""
-    live = digest(parts)
-    uris = [uri for part in parts for s in part.sources for uri in (s.uri, *s.aliases)]
-    sidecars = caption.find_sidecars(uris, settings.caption.sidecar)
-    lying = hashlib.sha256(json.dumps(sorted(sidecars.items())).encode()).hexdigest()
-    captions = Stage(
-        "caption",
-        caption.VERSION,
-        settings.caption.digest(),
-        (stages.watch.folder, live, lying, given.digest()),
-    )
-    before = [*stages.by_part, captions]
-    matches = None if "match" in stages.skipped else match_stage(stages, settings, captions)
-    groups = None if "dedup" in stages.skipped else dedup_stage(stages, settings, live)
-    before += [stage for stage in (matches, groups) if stage is not None]
-    verdicts = decide_stage(settings, live, before)
-    folders = {stage.name: stage.folder for stage in (*before, verdicts)}
-    mark = view.made_of(folders)
-    if view.is_made_of(out, mark):
-        return folders
-    clips = view.live_rows(out / stages.watch.folder, parts)
-    for name in score.SCORERS:
-        schema = pa.schema([f for f in score.module(name).COLUMNS if f.name in CLIPS.names])
-        files = view.part_files(out / stages.folders[name], parts) if name in folders else []
-        clips = view.with_columns(clips, files, schema)
-    clips, sick = view.with_captions(clips, parts, given, sidecars)
-    caption_file = out / captions.folder / "captions.parquet"
-    if not caption_file.exists():
-        write_parquet(clips.select(["uid", "captions"]), caption_file)
-    files = []
-    if matches is not None:
-        step = Step(
-            "match",
-            str(out / matches.folder),
-            settings.embed.model_dump(mode="json"),
-            reads=str(out / stages.folders["embed"]),
-            captions=str(caption_file),
-            model=True,
-        )
-        _work(parts, [step], settings, driver, progress)
-        files = view.part_files(out / matches.folder, parts)
-    clips = view.with_columns(clips, files, score.module("match").COLUMNS)
-    files = []
-    if groups is not None:
-        files = [out / groups.folder / "groups.parquet"]
-        if not files[0].exists():
-            found = dedup.group(clips, settings.dedup, _embeddings(out, parts, stages))
-            write_parquet(found, files[0])
-    clips = view.with_columns(clips, files, DEDUP)
-    verdict_file = out / verdicts.folder / "verdicts.parquet"
-    if not verdict_file.exists():
-        write_parquet(decide.decide(clips, settings.decide), verdict_file)
-    schema = pa.schema([CLIPS.field("verdict"), CLIPS.field("reasons")])
-    clips = view.with_columns(clips, [verdict_file], schema)
-    refused = view.quarantined([out / stage.folder for stage in stages.by_part], parts)
-    (out / "report.html").unlink(missing_ok=True)
-    view.write_view(out, clips, [*refused, *sick], mark, progress)
-    return folders
-
-
-def _embeddings(out: Path, parts: Sequence[Part], stages: Stages) -> pa.Table | None:
-    if "embed" in stages.skipped:
-        return None
-    files = view.part_files(out / stages.folders["embed"], parts)
-    return pa.concat_tables([read_parquet(f, columns=["uid", "embedding"]) for f in files])
-
-
-def _step(out: Path, stage: Stage, stages: Stages, settings: CurateSettings) -> Step:
-    own = settings.watch() if stage.name == "watch" else getattr(settings, stage.name)
-    return Step(
-        stage.name,
-        str(out / stage.folder),
-        own.model_dump(mode="json"),
-        reads="" if stage.name == "watch" else str(out / stages.watch.folder),
-        model=stage.name in ("embed", "nsfw"),
-    )
-
-
-def _work(
-    parts: Sequence[Part],
-    steps: Sequence[Step],
-    settings: CurateSettings,
-    driver: Engine,
-    progress: Progress,
-) -> None:
-    """Have the engine do those steps of parts that are not done yet."""
-    jobs = []
-    sources = 0
-    for part in parts:
-        missing = [step for step in steps if not step.done(part.name)]
-        if missing:
-            listed = [
-                {k: v for k, v in asdict(source).items() if k != "copies"}
-                for source in part.sources
-            ]
-            jobs.append(Job(part.name, missing, listed))
-            if missing[0].stage == "watch":
-                sources += len(listed)
-    if not jobs:
-        return
-    tell, end = _told(progress, sources, settings)
-    try:
-        run_jobs(jobs, driver.name, tell, settings.patience, driver.workers, driver.address)
-    finally:
-        end()
-    lost = {job.part for job in jobs for step in job.steps if not step.done(job.part)}
-    if lost:
-        raise UnimodalError(
-            f"{Path(steps[0].folder).parent}: {len(lost)} parts were done but are not to be seen "
-            "here; with several machines, the run directory must be on storage that all of them "
-            "share"
-        )
-
-
-def _told(progress: Progress, sources: int, settings: CurateSettings) -> tuple[Tell, Any]:
-    """Draw what workers tell, and stop the run when most sources fail."""
-    counted: set[tuple[str, str]] = set()
-    begun: list[str] = []
-    failed = 0
-    patience = settings.patience
-
-    def begin(task: str, total: float, unit: str) -> None:
-        if task not in begun:
-            begun.append(task)
-            progress.begin(task, total, unit)
-
-    def seconds(amount: float) -> None:
-        if amount:
-            begin("video", 0, "s of video")  # its total is known only when all is decoded
-            progress.advance("video", amount)
-
-    def done(stage: str, thing: str, why: str) -> None:
-        nonlocal failed
-        if (stage, thing) in counted:  # a part that is tried again tells of its first ones again
-            return
-        counted.add((stage, thing))
-        if stage != "watch":
-            begin(stage, 0, "clips" if stage != "match" else "parts")
-            progress.advance(stage)
-            return
-        progress.advance("sources")
-        failed += bool(why)
-        seen = len(counted)
-        if failed >= patience.failures_least and failed > patience.failures * seen:
-            raise UnimodalError(
-                f"stopped: {failed} of the first {seen} sources could not be read, the last one "
-                f"({thing}) because of: {why}. If a disk or a network was away, run the same "
-                "command with --retry-quarantined; if these files are just broken, with "
-                "--set patience.failures=1"
-            )
-
-    if sources:
-        begin("sources", sources, "sources")
-
-    def end() -> None:
-        for task in begun:
-            progress.end(task)
-
-    return Tell(seconds=seconds, done=done), end
 
 
 def _check(settings: CurateSettings) -> None:
@@ -448,49 +262,6 @@ def _edited(out: Path, previous: Sequence[Part], sources: Sequence[Any]) -> set[
     return found
 
 
-GIVEN = pa.schema(
-    [
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("captions", pa.list_(CAPTION)),
-        pa.field("meta", CLIPS.field("meta").type),
-        pa.field("sick", pa.string()),  # why this caption file in a tar cannot be read
-    ]
-)
-"""Captions and columns that came with the call, kept so that `update` has them too."""
-
-
-def _keep_given(given: caption.Given, path: Path) -> None:
-    if not given.captions and not given.meta and not given.sick:
-        path.unlink(missing_ok=True)
-        return
-    rows = [
-        {
-            "uri": uri,
-            "captions": [vars(found) for found in given.captions.get(uri, ())],
-            "meta": list(given.meta.get(uri, {}).items()),
-            "sick": given.sick.get(uri),
-        }
-        for uri in sorted({*given.captions, *given.meta, *given.sick})
-    ]
-    write_parquet(pa.Table.from_pylist(rows, schema=GIVEN), path)
-
-
-def _kept_given(path: Path) -> caption.Given:
-    given = caption.Given()
-    if path.exists():
-        names = ("text", "style", "lang", "start_s", "end_s")
-        for row in read_parquet(path).to_pylist():
-            if row["captions"]:
-                given.captions[row["uri"]] = [
-                    caption.Caption(*(found[name] for name in names)) for found in row["captions"]
-                ]
-            if row["meta"]:
-                given.meta[row["uri"]] = dict(row["meta"])
-            if row["sick"]:
-                given.sick[row["uri"]] = row["sick"]
-    return given
-
-
 @contextmanager
 def _disk(out: Path) -> Iterator[None]:
     """A full disk is one line for the user, wherever it is met."""
@@ -510,14 +281,9 @@ def _must_be_ours(out: Path) -> None:
 
 
 def _write_info(
-    run: Run,
-    settings: CurateSettings,
-    folders: Mapping[str, str],
-    skipped: Mapping[str, str],
-    parts: Sequence[Part],
-    engine: str,
-    seconds: Mapping[str, float],
+    run: Run, work: Work, folders: Mapping[str, str], seconds: Mapping[str, float]
 ) -> None:
+    parts = work.parts
     versions = {}
     for name in ("unimodal", *LIBRARIES):
         try:
@@ -528,10 +294,10 @@ def _write_info(
     kept = pc.sum(pc.equal(clips.column("verdict"), "keep")).as_py() or 0
     length = pc.sum(clips.column("duration_s")).as_py() or 0.0
     info = {
-        "settings": settings.model_dump(mode="json"),
+        "settings": work.settings.model_dump(mode="json"),
         "stages": dict(folders),
-        "skipped": dict(skipped),
-        "engine": engine,
+        "skipped": work.stages.skipped,
+        "engine": work.driver.name,
         "versions": versions,
         "seconds": {name: round(taken, 3) for name, taken in seconds.items()},
         "totals": {

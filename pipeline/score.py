@@ -107,7 +107,11 @@ def match_part(
         import numpy as np
 
         vectors = np.asarray([row["embedding"] for row in pairs], np.float32)
-        cosines = loaded("match", settings)([first[row["uid"]] for row in pairs], vectors)
+        compare = loaded("match", settings)
+        for at in range(0, len(pairs), 64):
+            some = slice(at, at + 64)
+            cosines += compare([first[row["uid"]] for row in pairs[some]], vectors[some])
+            tell.seconds(0.0)
     rows = [
         {"uid": row["uid"], "text_match": cosine}
         for row, cosine in zip(pairs, cosines, strict=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from unimodal.pipeline import decide, dedup, score, watch
+from unimodal.pipeline.errors import UsageError
 from unimodal.pipeline.stage import Stage
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def part_stages(settings: CurateSettings) -> Stages:
         module = score.module(name)
         own = getattr(settings, name)
         why = "switched off (skip)" if name in settings.skip else module.absent(own)
+        if why and "switched" not in why and getattr(own, "weights", None):
+            raise UsageError(f"{name}: {why}")  # asked for, so not to be left out
         if why:
             skipped[name] = why
         else:

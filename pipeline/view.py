@@ -26,7 +26,6 @@ from unimodal.pipeline.clips import (
     write_parquet,
 )
 from unimodal.pipeline.parts import Part
-from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.stage import PartFiles
 
 Sidecars = Mapping[str, Sequence[tuple[str, int, int | str]]]
@@ -139,31 +138,22 @@ def quarantined(folders: Sequence[Path], parts: Sequence[Part]) -> list[dict[str
 
 
 def write_view(
-    out: Path,
-    clips: pa.Table,
-    refused: Sequence[dict[str, str]],
-    made_of: str,
-    progress: Progress,
+    out: Path, clips: pa.Table, refused: Sequence[dict[str, str]], folders: Mapping[str, str]
 ) -> None:
     """Write clips.parquet and quarantine.parquet of the run `out`, marked with what they are of."""
-    view, quarantine = out / "clips.parquet", out / "quarantine.parquet"
-    for row in refused[:20]:
-        progress.note(f"quarantined {row['uri']}: {row['reason']}")
-    if len(refused) > 20:
-        progress.note(f"… and {len(refused) - 20} more, see {quarantine}")
-    mark = {"unimodal.made_of": made_of}
-    write_parquet(table(refused, QUARANTINE), quarantine, mark)
-    write_parquet(clips.select(CLIPS.names).cast(CLIPS), view, mark)
+    mark = {"unimodal.made_of": json.dumps(folders, sort_keys=True)}
+    write_parquet(table(refused, QUARANTINE), out / "quarantine.parquet", mark)
+    write_parquet(clips.select(CLIPS.names).cast(CLIPS), out / "clips.parquet", mark)
 
 
-def is_made_of(out: Path, made_of: str) -> bool:
-    """Whether both tables of the run `out` are there and of this."""
-    return all(_made_of(out / name) == made_of for name in ("clips.parquet", "quarantine.parquet"))
+def folders_of(out: Path) -> dict[str, str] | None:
+    """Stage folders that the tables of the run `out` are made of.
 
-
-def made_of(folders: Mapping[str, str]) -> str:
-    """The mark of a view that is made of these stage folders."""
-    return json.dumps(folders, sort_keys=True)
+    None if a table is not there, or they are not of the same: a run was killed between the two.
+    """
+    marks = {_made_of(out / name) for name in ("clips.parquet", "quarantine.parquet")}
+    mark = marks.pop()
+    return None if marks or not mark else json.loads(mark)
 
 
 def _made_of(path: Path) -> str | None:

@@ -130,7 +130,7 @@ def _clip(run: Run, row: int) -> dict[str, Any]:
         "meta": dict(clip["meta"] or []),
         "frames": {
             "tar": str(run.frames_tar(clip["part"])),
-            "members": [sample["member"] for sample in clip["samples"] or []],
+            "members": [sample["member"] for sample in run.samples(clip["part"])[clip["uid"]]],
         },
         "stages": _stages(run, clip["part"]),
         "versions": run.info.get("versions", {}),

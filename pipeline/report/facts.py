@@ -170,7 +170,7 @@ class Facts:
         middles = [(number + 0.5) * seconds / CELLS for number in range(CELLS)]
         # Of a long film, only the samples of the clips that these moments lie in are looked at.
         near = [int(np.argmin(np.maximum(starts - at, at - ends))) for at in middles]
-        samples = self.clips.column("samples").take(pa.array(rows[near])).to_pylist()
+        samples = [self.run.samples(clips[at]["part"])[clips[at]["uid"]] for at in near]
         cells: list[Member | None] = []
         for at, clip, stored in zip(middles, near, samples, strict=True):
             away = [(abs(s["time_s"] - at), s["member"]) for s in stored or []]
@@ -188,6 +188,8 @@ class Facts:
         rows.update(row for group in self.groups[0] for row in group)
         order = sorted(rows)
         taken = self.clips.take(pa.array(order, pa.int64())).to_pylist()
+        for clip in taken:
+            clip["samples"] = self.run.samples(clip["part"])[clip["uid"]]
         return dict(zip(order, taken, strict=True))
 
     @cached_property

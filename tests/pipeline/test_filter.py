@@ -53,7 +53,7 @@ def _all(rows: Iterator[dict[str, Any]] | Rows) -> Rows:
 def test_a_chain_of_filters_gives_the_rows_of_a_run(whole: Run, cut: Rows) -> None:
     expected = whole.clips.to_pylist()
     names = [
-        *("uid", "uri", "start_s", "end_s", "starts_at", "start_cut", "samples", "luma_mean"),
+        *("uid", "uri", "start_s", "end_s", "starts_at", "start_cut", "luma_mean"),
         *(*filter.FLOW, *TEXT.names, *QUALITY.names, "dup_group", "verdict", "reasons"),
     ]
     for row, want in zip(_all(cut), expected, strict=True):

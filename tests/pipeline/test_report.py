@@ -221,6 +221,15 @@ def test_a_large_run_costs_seconds_and_a_few_megabytes(run: Run, tmp_path: Path)
         pa.table(columns).cast(CLIPS).sort_by([("uri", "ascending"), ("start_pts", "ascending")])
     )
     pq.write_table(grown, tmp_path / "run" / "clips.parquet")
+    owners = rows.select(["part", "uid"]).to_pylist()  # whose pictures each new clip shows
+    for part in {row["part"] for row in owners}:
+        stored = [
+            {"uid": f"{i:032x}", "samples": run.samples(part)[row["uid"]]}
+            for i, row in enumerate(owners)
+            if row["part"] == part
+        ]
+        kept_at = tmp_path / "run" / run.info["stages"]["watch"] / f"{part}.parquet"
+        pq.write_table(pa.Table.from_pylist(stored), kept_at)
     begun = time.monotonic()
     path = write_report(Run.open(tmp_path / "run"))
     took = time.monotonic() - begun
@@ -236,6 +245,7 @@ def test_places_are_where_tarfile_finds_them_and_broken_tars_are_told(
     run: Run, tmp_path: Path
 ) -> None:
     row = run.clips.to_pylist()[0]
+    row["samples"] = run.samples(row["part"])[row["uid"]]
     tar = run.frames_tar(row["part"])
     wanted = [*members(row), "not-there.jpg"]
     found = places(tar, wanted)

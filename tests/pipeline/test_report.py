@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unimodal.pipeline.clips import CLIPS
+from unimodal.pipeline.clips import CLIPS, WATCH
 from unimodal.pipeline.errors import MediaError
 from unimodal.pipeline.markup import h, join
 from unimodal.pipeline.presets import CurateSettings
@@ -229,7 +229,8 @@ def test_a_large_run_costs_seconds_and_a_few_megabytes(run: Run, tmp_path: Path)
             if row["part"] == part
         ]
         kept_at = tmp_path / "run" / run.info["stages"]["watch"] / f"{part}.parquet"
-        pq.write_table(pa.Table.from_pylist(stored), kept_at)
+        schema = pa.schema([WATCH.field("uid"), WATCH.field("samples")])
+        pq.write_table(pa.Table.from_pylist(stored, schema=schema), kept_at)
     begun = time.monotonic()
     path = write_report(Run.open(tmp_path / "run"))
     took = time.monotonic() - begun

@@ -11,8 +11,11 @@
   levels (the idea of Wang, Sheikh and Bovik 2002).
 - exposure: the range of gray levels in use, and the share that is clipped to black or white.
 
+On nine photographs the score falls on every step of ladders of blur, noise, JPEG, enlarging and
+fading, within 0.01 (tests/pipeline/scorers/test_quality.py; rank correlation 0.97 to 1.00).
+
 What cannot be seen: samples are scaled down to `keyframes.short_side` and stored as JPEG, so noise
-of up to 3 gray levels and compression at 80 and more are gone or hidden, a coding grid is found
+of up to 4 gray levels and compression at 80 and more are gone or hidden, a coding grid is found
 only in sources that were not scaled, and a large picture that was enlarged passes for sharp as long
 as its stored sample is. Banding is not measured: JPEG hides and makes it. Nor is content: bokeh
 costs nothing where anything is in focus, but a picture of fog is not sharp. A learned score (DOVER,
@@ -49,8 +52,8 @@ class QualitySettings(Settings):
     """Gray levels of noise that are free."""
     noise_scale: float = 10.0
     """Gray levels of noise over that which divide the score by e."""
-    blocks: float = 0.8
-    """Gray levels of steps at the grid that are free: the stored sample has its own."""
+    blocks: float = 1.2
+    """Gray levels of steps at the grid that are free: the stored sample has its own, and chance."""
     blocks_scale: float = 4.0
     """Gray levels of steps over that which divide the score by e."""
     clipped: float = 0.5
@@ -97,7 +100,8 @@ def inside_bars(
         x0, x1 = (round(box[i] * width / whole[0]) for i in (0, 2))
         y0, y1 = (round(box[i] * height / whole[1]) for i in (1, 3))
     piece = bgr[y0:y1, x0:x1]
-    return piece, (-y0 % 8, -x0 % 8) if whole == (width, height) else None
+    grid = (8 - y0 % 8, 8 - x0 % 8)
+    return piece, grid if whole == (width, height) else None
 
 
 def quality(
@@ -112,11 +116,11 @@ def quality(
     if min(bgr.shape[:2]) < LEAST_SIDE:
         return None
     gray = cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY)
-    low, high = np.percentile(gray, [1, 99])
-    if high - low < LEAST_RANGE:
+    levels = level_range(gray)
+    if levels < LEAST_RANGE:
         return None
     clipped = float(np.mean((gray <= 3) | (gray >= 252)))
-    exposure = min(1.0, (high - low) / settings.range) * (1 - settings.clipped * clipped**2)
+    exposure = min(1.0, levels / settings.range) * (1 - settings.clipped * clipped**2)
     pixels = gray.astype(np.float32)
     sigma = noise(pixels)
     spread = settings.sharp - settings.blurred
@@ -128,6 +132,13 @@ def quality(
         * np.exp(-max(0.0, sigma - settings.noise) / settings.noise_scale)
         * np.exp(-max(0.0, steps - settings.blocks) / settings.blocks_scale)
     )
+
+
+def level_range(gray: np.ndarray) -> float:
+    """Gray levels between the 1st and the 99th percentile of a picture, uint8 [H, W]."""
+    shares = np.cumsum(np.bincount(gray.ravel(), minlength=256)) / gray.size
+    low, high = np.searchsorted(shares, [0.01, 0.99])
+    return float(high - low)
 
 
 def noise(gray: np.ndarray) -> float:

@@ -115,7 +115,11 @@ def _keyframes(run: Any) -> dict[str, list[str]]:
 
     wanted: dict[str, dict[str, list[str]]] = {}  # part, uid, members
     for row in run.clips.select(["part", "uid"]).to_pylist():
-        members = [sample["member"] for sample in run.samples(row["part"])[row["uid"]] if sample["keyframe"]]
+        members = [
+            sample["member"]
+            for sample in run.samples(row["part"])[row["uid"]]
+            if sample["keyframe"]
+        ]
         shown = [members[i] for i in _even(len(members), 4)]
         wanted.setdefault(row["part"], {})[row["uid"]] = shown
     found: dict[str, list[str]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unimodal.pipeline import decide
+from unimodal.pipeline.clips import read_parquet
 from unimodal.pipeline.judged import Judged, judge
 from unimodal.pipeline.observers.keyframes import even
 from unimodal.pipeline.report.pictures import Member, Pictures, draw
 from unimodal.pipeline.settings import build
+from unimodal.pipeline.stage import PartFiles
 
 if TYPE_CHECKING:
     from unimodal.pipeline.run import Run
@@ -162,6 +165,22 @@ class Facts:
             found.append(Source(uris[source], float(seconds[source]), clips, strip))
         return found, len(uris)
 
+    def _stored(self, clips: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The stored samples of clips, none where they are gone; a part is opened once."""
+        wanted: dict[str, set[str]] = defaultdict(set)
+        for clip in clips:
+            wanted[clip["part"]].add(clip["uid"])
+        found: dict[str, list[dict[str, Any]]] = {}
+        for part, uids in wanted.items():
+            files = PartFiles(self.run.path / self.info["stages"]["watch"], part)
+            try:
+                rows = read_parquet(files.rows, ["uid", "samples"])
+            except (OSError, pa.ArrowInvalid):
+                continue
+            mine = pc.is_in(rows.column("uid"), pa.array(sorted(uids)))
+            found |= {row["uid"]: row["samples"] or [] for row in rows.filter(mine).to_pylist()}
+        return [found.get(clip["uid"], []) for clip in clips]
+
     def _strip(
         self, rows: np.ndarray, clips: Sequence[dict[str, Any]], seconds: float
     ) -> tuple[Member | None, ...]:
@@ -170,10 +189,10 @@ class Facts:
         middles = [(number + 0.5) * seconds / CELLS for number in range(CELLS)]
         # Of a long film, only the samples of the clips that these moments lie in are looked at.
         near = [int(np.argmin(np.maximum(starts - at, at - ends))) for at in middles]
-        samples = [self.run.samples(clips[at]["part"])[clips[at]["uid"]] for at in near]
+        samples = self._stored([clips[row] for row in near])
         cells: list[Member | None] = []
         for at, clip, stored in zip(middles, near, samples, strict=True):
-            away = [(abs(s["time_s"] - at), s["member"]) for s in stored or []]
+            away = [(abs(s["time_s"] - at), s["member"]) for s in stored]
             distance, member = min(away, default=(seconds, ""))
             close = distance < seconds / CELLS
             cells.append((clips[clip]["part"], member) if close else None)
@@ -188,8 +207,8 @@ class Facts:
         rows.update(row for group in self.groups[0] for row in group)
         order = sorted(rows)
         taken = self.clips.take(pa.array(order, pa.int64())).to_pylist()
-        for clip in taken:
-            clip["samples"] = self.run.samples(clip["part"])[clip["uid"]]
+        for clip, stored in zip(taken, self._stored(taken), strict=True):
+            clip["samples"] = stored
         return dict(zip(order, taken, strict=True))
 
     @cached_property

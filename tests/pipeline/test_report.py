@@ -186,6 +186,8 @@ def test_a_report_is_written_where_frames_are_missing_or_cut_off(run: Run, tmp_p
     some = Facts(torn)
     assert 0 < len(some.pictures.clips) < len(some.shown)
     tar.unlink()
+    for rows in tar.parent.glob("*.parquet"):
+        rows.unlink()
     assert "no picture" in write_report(Run.open(torn.path)).read_text()
 
 

@@ -38,7 +38,6 @@ from unimodal.pipeline.watch import WatchSettings, watch_part
 OFF = {"adaptive": 0.0, "content": 0.0, "fade": 0, "dissolve": 0.0}
 DETECTORS = {
     "adaptive 3.5, window 3": CutSettings(**{**OFF, "adaptive": 3.5}),
-    "content 27": CutSettings(**{**OFF, "content": 27.0}),
     "fade 12": CutSettings(**{**OFF, "fade": 12}),
     "dissolve 0.6": CutSettings(**{**OFF, "dissolve": 0.6}),
     "PySceneDetect detect-adaptive (3.0, window 2)": CutSettings(

@@ -437,7 +437,8 @@ def moving_script(seed: int) -> tuple[Script, float]:
     if seed % 3 == 2:
         speed, zoom = 0.0, float(rng.choice((-0.1, 0.1, 0.2, 0.3)))
     pan = (speed * np.cos(angle), speed * np.sin(angle))
-    shot = camera(photograph(PHOTOGRAPHS[seed % len(PHOTOGRAPHS)]), pan=pan, zoom=zoom)
+    at = (float(rng.uniform(0.4, 0.6)), 0.5)
+    shot = camera(photograph(PHOTOGRAPHS[seed % len(PHOTOGRAPHS)]), at=at, pan=pan, zoom=zoom)
     script = Script(f"moving-{seed}", Fraction(24), ((shot, 3.0),), ())
     return script, displacement(SIZE, pan, zoom, 1.0, 0.5)
 
@@ -510,7 +511,8 @@ def frozen_script(seed: int) -> tuple[Script, float]:
     """A pan of 6 s that stops, and the share of pairs of half-second samples that are equal."""
     rng = np.random.default_rng(seed)
     stop = 0.5 * int(rng.integers(0, 12))
-    shot = camera(photograph(PHOTOGRAPHS[seed % len(PHOTOGRAPHS)]), pan=(60.0, 0.0))
+    at = (float(rng.uniform(0.4, 0.6)), 0.5)
+    shot = camera(photograph(PHOTOGRAPHS[seed % len(PHOTOGRAPHS)]), at=at, pan=(60.0, 0.0))
     pairs = [at / 2 >= stop for at in range(11)]
     script = Script(f"frozen-{seed}", Fraction(24), ((frozen(shot, stop), 6.0),), ())
     return script, float(np.mean(pairs))

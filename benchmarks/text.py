@@ -127,11 +127,9 @@ def main() -> None:
     most = ", ".join(f"{name} {value:.4f}" for name, value in differences(every, sparing).items())
     print(f"\nsparingly against every sample: at most {most}")
     pairs = list(zip(drops(clips, every), drops(clips, sparing), strict=True))
-    print(
-        f"the text rules drop {sum(a for a, _ in pairs)} and {sum(b for _, b in pairs)} clips, and ",
-        end="",
-    )
-    print(f"decide alike on {sum(a == b for a, b in pairs)} of {len(pairs)}")
+    alike = sum(a == b for a, b in pairs)
+    print(f"the text rules drop {sum(a for a, _ in pairs)} and {sum(b for _, b in pairs)} clips,")
+    print(f"and decide alike on {alike} of {len(pairs)}")
 
 
 if __name__ == "__main__":

@@ -85,37 +85,30 @@ def curate(
 def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
     """Print a run's totals and warnings for people, its path for programs."""
     from unimodal.cli import console
-    from unimodal.pipeline.decide import advice
+    from unimodal.pipeline.decide import advice, waterfall
     from unimodal.pipeline.errors import UnimodalError
 
     record = {"kept": made.kept, "dropped": made.dropped, "quarantined": made.quarantined}
-    reasons = _reasons(made)
     if not made.clips.num_rows:
         raise UnimodalError(
             f"no input could be read ({made.quarantined} quarantined): see "
             f"{made.path / 'quarantine.parquet'} for the reason of each"
         )
-    console.table(f"clips in {made.path}", [*record.items(), *reasons], quiet)
+    thresholds = made.settings.decide
+    tolls = waterfall(made.clips, thresholds)
+    reasons = {toll.keep: toll.dropped for toll in tolls if toll.dropped}
+    reasons = dict(sorted(reasons.items(), key=lambda item: -item[1]))
+    rows = [(f"dropped by {rule}", dropped) for rule, dropped in reasons.items()]
+    console.table(f"clips in {made.path}", [*record.items(), *rows], quiet)
     tell = console.progress(quiet)
     for name, why in made.info["skipped"].items():
         if "switched off" not in why:
             tell.note(f"{name} was skipped: {why}")
-    for line in advice(made.clips, made.settings.decide):
+    for line in advice(tolls, thresholds):
         tell.note(line)
     if not made.kept:
         tell.note("nothing was kept; loosen a rule, for example --set decide.flow_min=none")
-    console.result(made.path, {**record, "dropped_by": dict(reasons)}, as_json)
-
-
-def _reasons(made: Run) -> list[tuple[str, int]]:
-    """How many clips are dropped by rules on each column."""
-    from collections import Counter
-
-    dropped = made.clips.filter(made.clips.column("verdict").to_numpy() == "drop")
-    reasons = dropped.column("reasons").to_pylist()
-    rules = [{r.split(":")[1].split("=")[0] for r in row or []} for row in reasons]
-    counts = Counter(f"dropped by {rule}" for row in rules for rule in row)
-    return counts.most_common()
+    console.result(made.path, {**record, "dropped_by": reasons}, as_json)
 
 
 def _fraction(text: str | None) -> float | None:

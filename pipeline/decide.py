@@ -280,10 +280,10 @@ def waterfall(clips: pa.Table, settings: DecideSettings) -> list[Toll]:
     return tolls
 
 
-def advice(clips: pa.Table, settings: DecideSettings) -> list[str]:
+def advice(tolls: Sequence[Toll], settings: DecideSettings) -> list[str]:
     """Sentences about rules that drop over 70 % of the clips they judge, or none at all."""
     lines, idle = [], []
-    for toll in waterfall(clips, settings):
+    for toll in tolls:
         if not toll.judged:
             continue
         noun = "clip" if toll.rule.kind == "any" else toll.rule.kind

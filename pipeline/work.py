@@ -51,11 +51,23 @@ class Work:
     progress: Progress
 
 
-def join(work: Work) -> dict[str, str]:
-    """The stages that look at all clips at once; returns the folder of every stage."""
-    out, parts, settings, stages = work.out, work.parts, work.settings, work.stages
-    live = digest(parts)
-    uris = [uri for part in parts for s in part.sources for uri in (s.uri, *s.aliases)]
+@dataclass(frozen=True)
+class Joint:
+    """The stages that look at all clips at once, and what they are to find."""
+
+    captions: Stage
+    matches: Stage | None
+    groups: Stage | None
+    verdicts: Stage
+    sidecars: view.Sidecars
+    folders: dict[str, str]  # of every stage of the run
+
+
+def joint(work: Work) -> Joint:
+    """The stages after the parts are done; lists the caption files that lie beside the media."""
+    settings, stages = work.settings, work.stages
+    live = digest(work.parts)
+    uris = [uri for part in work.parts for s in part.sources for uri in (s.uri, *s.aliases)]
     sidecars = caption.find_sidecars(uris, settings.caption.sidecar)
     lying = hashlib.sha256(json.dumps(sorted(sidecars.items())).encode()).hexdigest()
     captions = Stage(
@@ -64,37 +76,36 @@ def join(work: Work) -> dict[str, str]:
         settings.caption.digest(),
         (stages.watch.folder, live, lying, work.given.digest()),
     )
-    before = [*stages.by_part, captions]
     matches = None if "match" in stages.skipped else match_stage(stages, settings, captions)
     groups = None if "dedup" in stages.skipped else dedup_stage(stages, settings, live)
-    before += [stage for stage in (matches, groups) if stage is not None]
+    before = [*stages.by_part, captions, *(s for s in (matches, groups) if s is not None)]
     verdicts = decide_stage(settings, live, before)
     folders = {stage.name: stage.folder for stage in (*before, verdicts)}
+    return Joint(captions, matches, groups, verdicts, sidecars, folders)
+
+
+def join(work: Work) -> dict[str, str]:
+    """Do the stages that look at all clips at once; returns the folder of every stage."""
+    out, plan = work.out, joint(work)
     there = view.folders_of(out)
-    if there == folders:
-        return folders
-    if there is not None and {**there, "decide": verdicts.folder} == folders:
+    if there == plan.folders:
+        return plan.folders
+    if there is not None and {**there, "decide": plan.verdicts.folder} == plan.folders:
         clips = read_parquet(out / "clips.parquet").drop_columns(["verdict", "reasons"])
         refused = read_parquet(out / "quarantine.parquet").to_pylist()
     else:
-        clips, refused = _columns(work, sidecars, captions, matches, groups)
-    verdict_file = out / verdicts.folder / "verdicts.parquet"
+        clips, refused = _columns(work, plan)
+    verdict_file = out / plan.verdicts.folder / "verdicts.parquet"
     if not verdict_file.exists():
-        write_parquet(decide.decide(clips, settings.decide), verdict_file)
+        write_parquet(decide.decide(clips, work.settings.decide), verdict_file)
     schema = pa.schema([CLIPS.field("verdict"), CLIPS.field("reasons")])
     clips = view.with_columns(clips, [verdict_file], schema)
     (out / "report.html").unlink(missing_ok=True)
-    view.write_view(out, clips, refused, folders)
-    return folders
+    view.write_view(out, clips, refused, plan.folders)
+    return plan.folders
 
 
-def _columns(
-    work: Work,
-    sidecars: view.Sidecars,
-    captions: Stage,
-    matches: Stage | None,
-    groups: Stage | None,
-) -> tuple[pa.Table, list[dict[str, str]]]:
+def _columns(work: Work, plan: Joint) -> tuple[pa.Table, list[dict[str, str]]]:
     """All columns but the verdict, and what could not be read."""
     out, parts, settings, stages = work.out, work.parts, work.settings, work.stages
     clips = view.live_rows(out / stages.watch.folder, parts)
@@ -104,26 +115,26 @@ def _columns(
         if name in stages.folders:
             files = view.part_files(out / stages.folders[name], parts)
         clips = view.with_columns(clips, files, schema)
-    clips, sick = view.with_captions(clips, parts, work.given, sidecars)
-    caption_file = out / captions.folder / "captions.parquet"
+    clips, sick = view.with_captions(clips, parts, work.given, plan.sidecars)
+    caption_file = out / plan.captions.folder / "captions.parquet"
     if not caption_file.exists():
         write_parquet(clips.select(["uid", "captions"]), caption_file)
     files = []
-    if matches is not None:
+    if plan.matches is not None:
         step = Step(
             "match",
-            str(out / matches.folder),
+            str(out / plan.matches.folder),
             settings.embed.model_dump(mode="json"),
             reads=str(out / stages.folders["embed"]),
             captions=str(caption_file),
             model=True,
         )
         do_steps(work, [step])
-        files = view.part_files(out / matches.folder, parts)
+        files = view.part_files(out / plan.matches.folder, parts)
     clips = view.with_columns(clips, files, score.module("match").COLUMNS)
     files = []
-    if groups is not None:
-        files = [out / groups.folder / "groups.parquet"]
+    if plan.groups is not None:
+        files = [out / plan.groups.folder / "groups.parquet"]
         if not files[0].exists():
             found = dedup.group(clips, settings.dedup, _embeddings(out, parts, stages))
             write_parquet(found, files[0])

@@ -83,7 +83,7 @@ class Facts:
     @cached_property
     def advice(self) -> list[str]:
         """What `decide` says of rules that drop almost all, or nothing."""
-        return decide.advice(self.clips, self.settings)
+        return decide.advice(decide.waterfall(self.clips, self.settings), self.settings)
 
     @cached_property
     def folder(self) -> str:

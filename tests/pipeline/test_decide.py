@@ -265,10 +265,14 @@ def test_the_waterfall_counts_what_each_rule_drops_alone() -> None:
     assert judgment.rules[-1] == DEDUP
 
 
+def _advice(clips: pa.Table, settings: DecideSettings) -> list[str]:
+    return advice(waterfall(clips, settings), settings)
+
+
 def test_advice_speaks_of_rules_that_drop_most_or_nothing() -> None:
     slow = [{**GOOD, "flow_mean": 0.0001 * i} for i in range(1, 81)]
     fine = [{**GOOD, "luma_mean": None} for _ in range(20)]
-    said = advice(_clips(*slow, *fine), DecideSettings(flow_min=0.008))
+    said = _advice(_clips(*slow, *fine), DecideSettings(flow_min=0.008))
     assert said[0] == (
         "decide.flow_min=0.008 drops 79 % of 100 videos: their median of flow_mean is 0.00505"
     )
@@ -277,9 +281,9 @@ def test_advice_speaks_of_rules_that_drop_most_or_nothing() -> None:
     assert "flow_min" not in idle
     assert "aesthetic" not in idle  # it was not measured: the rule had nothing to judge
     assert not any("%" in line for line in said[1:])
-    quiet = advice(_clips(*slow, *fine), DecideSettings(flow_min=0.005))
+    quiet = _advice(_clips(*slow, *fine), DecideSettings(flow_min=0.005))
     assert not any("%" in line for line in quiet)  # 49 of 100
-    mine = advice(_clips(*slow), DecideSettings(extra=("any: flow_mean > 1",)))
+    mine = _advice(_clips(*slow), DecideSettings(extra=("any: flow_mean > 1",)))
     assert 'decide.extra "any: flow_mean > 1" drops 100 % of 80 clips' in mine
 
 

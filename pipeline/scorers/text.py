@@ -3,7 +3,7 @@
     sample JPEG ──> 640 px, multiples of 32 ──> PP-OCR detector (ONNX) ──> probability map ──> boxes
 
 Only the detector that the rapidocr package brings is used: nothing is recognized or downloaded.
-Its map is thresholded, and each region becomes the smallest rotated rectangle around it, grown again
+Its map is thresholded, and each region becomes the smallest rotated rectangle around it, grown
 because detectors of this kind (DB, Liao et al., arXiv 1911.08947) mark the core of a line.
 
 A detection at 640x352 costs about 70 ms of one core, more than all else that `curate` does for half

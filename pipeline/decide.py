@@ -227,7 +227,7 @@ def judge(clips: pa.Table, settings: DecideSettings) -> Judgment:
 
     Raises `UsageError` for a rule of the user's that does not evaluate.
     """
-    with _database(clips) as database:
+    with opened(clips) as database:
         return _judge(clips, settings, database)
 
 
@@ -238,7 +238,7 @@ def decide(clips: pa.Table, settings: DecideSettings) -> pa.Table:
     "stage:score:threshold", as in "flow:flow_mean=0.0011:flow_mean >= 0.003".
     Raises `UsageError` for a rule of the user's that does not evaluate.
     """
-    with _database(clips) as database:
+    with opened(clips) as database:
         judgment = _judge(clips, settings, database)
         # Text is made for what is dropped alone, a rule at a time.
         texts, rows = [pa.array([], pa.string())], [np.zeros(0, np.int64)]
@@ -259,7 +259,7 @@ def decide(clips: pa.Table, settings: DecideSettings) -> pa.Table:
 
 def waterfall(clips: pa.Table, settings: DecideSettings) -> list[Toll]:
     """What every active rule drops of `clips` (as in `decide`), and what it drops alone."""
-    with _database(clips) as database:
+    with opened(clips) as database:
         judgment = _judge(clips, settings, database)
         drops = judgment.holds == 0
         by = drops.sum(axis=0)
@@ -304,7 +304,7 @@ def advice(tolls: Sequence[Toll], settings: DecideSettings) -> list[str]:
 
 def what_if(old: pa.Table, new: pa.Table) -> WhatIf:
     """What changes from `old` to `new` verdicts, both as `decide` returns them; joined by uid."""
-    with _database(None) as database:
+    with opened(None) as database:
         database.register("old", old)
         database.register("new", new)
         database.execute(
@@ -334,7 +334,7 @@ def _turns(
 
 
 @contextmanager
-def _database(clips: pa.Table | None) -> Iterator[DuckDBPyConnection]:
+def opened(clips: pa.Table | None) -> Iterator[DuckDBPyConnection]:
     """A database that holds `clips` with all columns of `CLIPS` and their row, and no way out."""
     import duckdb
 

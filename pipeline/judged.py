@@ -80,7 +80,7 @@ def figures(clips: pa.Table, scores: Sequence[str]) -> dict[str, np.ndarray]:
         else:
             expressions.append(score)
     if expressions:
-        with decide._database(clips) as database:
+        with decide.opened(clips) as database:
             select = ", ".join(
                 f"coalesce(({score})::DOUBLE, 'nan') AS c{i}" for i, score in enumerate(expressions)
             )

@@ -33,7 +33,7 @@ $(READY): requirements.lock pyproject.toml
 # Pins are remade on purpose, not by accident; no index host is written into the file.
 lock: install
 	$(BIN)/uv pip compile --quiet --no-emit-index-url --no-header --python-version 3.11 \
-		--extra demo --extra dev --constraint constraints.txt pyproject.toml -o requirements.lock
+		--extra demo --extra dev --extra s3 --constraint constraints.txt pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf .venv demo

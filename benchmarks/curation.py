@@ -24,7 +24,7 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 ADAPTIVE = ["-t", "3.5", "-f", "3", "-c", "15", "-m", "0.6s"]
-LIKE_ADAPTIVE = ["--set", "cut.fade=0"]
+LIKE_ADAPTIVE = ["--set", "cut.fade=0", "--set", "cut.dissolve=0"]
 BARE = ["--set", 'skip=["text","quality","dedup"]', "--set", "report=false"]
 
 

@@ -136,6 +136,9 @@ def _plan(
     workers: int | None,
     as_json: bool,
 ) -> None:
+    import json as codec
+    from dataclasses import asdict
+
     from unimodal.cli import console
     from unimodal.pipeline.engine import choose
     from unimodal.pipeline.forecast import forecast, wall_s
@@ -143,17 +146,18 @@ def _plan(
 
     sources = list_inputs(inputs, limit=limit, fraction=fraction).sources
     found = forecast(sources, out, settings)
-    record = {
-        "sources": found.sources,
-        "bytes": found.bytes,
-        "images": found.images,
-        "video seconds": found.video_s,
-        "unreadable": found.unreadable,
-        "parts": found.parts,
-        "engine": choose(engine, address),
-        **{f"stage {name}": state for name, state in found.stages},
-        "CPU seconds": found.cpu_s,
-        "wall seconds": round(wall_s(found, workers), 1),
-        "disk bytes": found.disk_bytes,
-    }
-    console.plan("would curate (lengths and times are estimates)", record, as_json)
+    driver, wall = choose(engine, address), wall_s(found, workers)
+    if as_json:
+        print(codec.dumps({**asdict(found), "engine": driver, "wall_s": round(wall, 1)}))
+        return
+    rows = [
+        ("sources", f"{found.sources:,}, {found.bytes / 1e6:,.1f} MB, in {found.parts:,} parts"),
+        ("of them", f"{found.images:,} images, {found.video_s / 60:,.1f} minutes of video"),
+        *found.stages,
+        ("engine", driver),
+        ("time", f"{found.cpu_s / 60:,.1f} CPU minutes, {wall / 60:,.1f} here"),
+        ("disk", f"{found.disk_bytes / 1e6:,.0f} MB of sampled frames"),
+    ]
+    if found.unreadable:
+        rows.insert(2, ("unreadable", f"about {found.unreadable:,}"))
+    console.table("would curate (lengths and times are estimates)", rows, False)

@@ -23,10 +23,10 @@ from unimodal.pipeline.stages import part_stages
 PROBED = 32
 """Sources whose headers are read."""
 
-# CPU seconds, measured on one core of a machine of 2025 with benchmarks/curation.py.
-DECODE_S = 0.15  # per second of 1280x720 at 24 frames a second, in proportion to pixels
-SAMPLED_S = {"watch": 0.02, "text": 0.045, "quality": 0.01, "embed": 0.5, "nsfw": 0.05}
-"""Per sampled picture (embed: ViT-L/14 on a processor; a GPU needs a hundredth)."""
+# CPU seconds of one core, as benchmarks/curation.py measured them.
+DECODE_S = 0.07  # per second of 1280x720 at 24 frames a second, in proportion to pixels
+SAMPLED_S = {"watch": 0.01, "text": 0.045, "quality": 0.005, "embed": 0.7, "nsfw": 0.03}
+"""Per sampled picture, though scorers see only 3 of a clip's (embed: ViT-L/14 on a processor)."""
 
 SAMPLE_BYTES = 60_000
 """A stored picture."""
@@ -105,4 +105,4 @@ def _probe(source: Source, limits: Limits) -> Probe | None:
 
 def wall_s(found: Forecast, workers: int | None) -> float:
     """Seconds that it takes with so many processes (default: one per processor)."""
-    return found.cpu_s / (workers or os.cpu_count() or 1)
+    return found.cpu_s / max(1, min(workers or os.cpu_count() or 1, found.parts))

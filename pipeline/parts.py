@@ -37,8 +37,8 @@ SCHEMA = pa.schema(
 class PartSettings(Settings):
     """How sources are grouped. A smaller part is lost sooner and found later."""
 
-    max_bytes: int = 256 << 20
-    """Bytes of sources in a part; a larger source is a part of its own."""
+    max_bytes: int = 32 << 20
+    """Bytes of sources in a part, a few minutes of video; a larger source is a part of its own."""
     max_sources: int = 128
     """Sources in a part."""
 

@@ -17,7 +17,7 @@ on every clip, a mean area off by 0.013 in the one with a title that grows; benc
 
 The detector takes what lies in the middle of a soft picture for one thick line: thick regions must
 be surer than lines (`crisp_thick`), which leaves 1 of 155 frames of that film with "text", not 20,
-and finds 124 of 124 rendered texts. Tried and left out: a first look at 320 pixels (overlooks the
+and finds 121 of 124 rendered texts. Tried and left out: a first look at 320 pixels (overlooks the
 small print of credits), and a threshold on the density of edges (spares one look in six before it
 loses text).
 """

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimodal.pipeline import dedup
-from unimodal.pipeline.clips import CLIPS, table
+from unimodal.pipeline.clips import CLIPS, WATCH, table
 from unimodal.pipeline.dedup import GROUPS, DedupSettings, group
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.inputs import list_sources
@@ -24,7 +24,8 @@ from unimodal.pipeline.presets import CurateSettings
 from unimodal.pipeline.settings import build
 from unimodal.pipeline.watch import WatchSettings, watch_part
 
-COLUMNS = pa.schema([f for f in CLIPS if f.name not in ("verdict", "reasons", "aliases", "meta")])
+NOT_YET = ("verdict", "reasons", "aliases", "meta")
+COLUMNS = pa.schema([*(f for f in CLIPS if f.name not in NOT_YET), WATCH.field("samples")])
 EMBEDDING = pa.schema([("uid", pa.string()), ("embedding", pa.list_(pa.float32()))])
 HALF = 0x5A5A_3C3C_A5A5_C3C3  # 32 bits set, as in the hash of a picture
 

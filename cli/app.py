@@ -43,9 +43,19 @@ def main() -> None:
             raise
         print(f"unimodal: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.filename is None or "--debug" in sys.argv:
+            _closed(error)
+        print(f"unimodal: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
+
+
+def _closed(error: OSError) -> None:
+    """A pipe that the reader has closed ends the command quietly; anything else is raised."""
+    if not isinstance(error, BrokenPipeError):
+        raise error
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,8 @@ def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
 
     record = {"kept": made.kept, "dropped": made.dropped, "quarantined": made.quarantined}
     if not made.clips.num_rows:
+        if as_json:
+            console.result(made.path, record, as_json)
         raise UnimodalError(
             f"no input could be read ({made.quarantined} quarantined): see "
             f"{made.path / 'quarantine.parquet'} for the reason of each"
@@ -140,12 +142,16 @@ def _plan(
     from dataclasses import asdict
 
     from unimodal.cli import console
+    from unimodal.pipeline import run
     from unimodal.pipeline.engine import choose
     from unimodal.pipeline.forecast import forecast, wall_s
     from unimodal.pipeline.inputs import list_inputs
+    from unimodal.pipeline.parts import read_parts
 
-    sources = list_inputs(inputs, limit=limit, fraction=fraction).sources
-    found = forecast(sources, out, settings)
+    run.check(settings)
+    known = [source for part in read_parts(out / "parts.parquet") for source in part.sources]
+    listing = list_inputs(inputs, limit=limit, fraction=fraction, known=known)
+    found = forecast(listing.sources, out, settings)
     driver, wall = choose(engine, address), wall_s(found, workers)
     if as_json:
         print(codec.dumps({**asdict(found), "engine": driver, "wall_s": round(wall, 1)}))
@@ -158,6 +164,8 @@ def _plan(
         ("time", f"{found.cpu_s / 60:,.1f} CPU minutes, {wall / 60:,.1f} here"),
         ("disk", f"{found.disk_bytes / 1e6:,.0f} MB of sampled frames"),
     ]
+    if found.unknown:
+        rows.insert(2, ("not looked into", f"{found.unknown:,} in buckets: they count for nothing"))
     if found.unreadable:
         rows.insert(2, ("unreadable", f"about {found.unreadable:,}"))
     console.table("would curate (lengths and times are estimates)", rows, False)

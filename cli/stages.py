@@ -47,7 +47,7 @@ def cut(
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Where the pass is kept for later filters.")
     ] = None,
-    preset: options.Preset = "best",
+    preset: PresetOption = None,
     sets: options.Sets = None,
     engine: EngineOption = Engine.auto,
     address: options.Address = None,
@@ -61,13 +61,18 @@ def cut(
     """Cut videos into clips: the shared frame pass, without scores and verdicts."""
     from unimodal.cli import console
     from unimodal.pipeline import filter, run
+    from unimodal.pipeline.errors import UsageError
     from unimodal.pipeline.stages import SKIPPABLE
 
     driver = {"engine": engine.value, "workers": workers, "address": address}
+    inputs = [console.from_stdin(item) for item in inputs]
     if len(inputs) == 1 and (Path(inputs[0]) / "run.json").exists():
-        _update(inputs[0], (), None, sets, driver, json_, quiet)
+        if out is not None or limit is not None:
+            raise UsageError(f"{inputs[0]} is a run directory: --out and --limit are for media")
+        made = _update(inputs[0], (), preset, sets, driver, json_, quiet)
+        _strictly(made, strict)
         return
-    settings = _settings(preset, sets)
+    settings = _settings(preset or "best", sets)
     progress = console.progress(quiet)
     if out is not None:
         bare = settings.model_copy(update={"skip": SKIPPABLE, "report": False})
@@ -83,6 +88,10 @@ def cut(
             **driver,
         )
         _write(rows)
+    _strictly(made, strict)
+
+
+def _strictly(made: Run, strict: bool) -> None:
     if strict and made.quarantined:
         raise typer.Exit(3)
 
@@ -111,7 +120,7 @@ def _command(text: str, stages: tuple[str, ...], rows: Filter) -> Callable[..., 
 def _flow_rows(rows: Rows, settings: CurateSettings, progress: Progress) -> Rows:
     from unimodal.pipeline.filter import flow_rows
 
-    return flow_rows(rows, settings)
+    return flow_rows(rows, settings, progress)
 
 
 def _text_rows(rows: Rows, settings: CurateSettings, progress: Progress) -> Rows:
@@ -157,17 +166,25 @@ def decide(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Keep or drop: apply thresholds to what was measured. Nothing is decoded."""
+    """Keep or drop: apply thresholds to what was measured. Nothing is decoded.
+
+    Of a preset, its thresholds count; other settings belong to the commands of their stages.
+    """
     from unimodal.cli import console
     from unimodal.pipeline import filter
     from unimodal.pipeline.errors import UsageError
 
+    others = [item for item in sets or [] if not item.startswith("decide.")]
+    if run is not None and others:
+        raise UsageError(f"decide changes decide.… only, not {others[0]}: use that stage's command")
     if what_if:
         if run is None:
             raise UsageError("--what-if compares with a run directory: name one")
         _what_if(console.from_stdin(run), preset, sets, json_)
         return
-    _run(run, (), preset, sets, {}, json_, quiet, lambda r, s, p: filter.decide_rows(r, s))
+    only = "decide" if run is not None else None
+    rows: Filter = lambda r, s, p: filter.decide_rows(r, s)  # noqa: E731
+    _run(run, (), preset, sets, {}, json_, quiet, rows, only)
 
 
 def caption(
@@ -186,7 +203,7 @@ def caption(
     from unimodal.pipeline.caption import read_given
 
     def rows(r: Rows, s: CurateSettings, p: Progress) -> Rows:
-        return filter.caption_rows(r, s, read_given(captions))
+        return filter.caption_rows(r, s, read_given(captions), p)
 
     _run(run, (), None, sets, {}, json_, quiet, rows)
 
@@ -217,6 +234,7 @@ def _run(
     as_json: bool,
     quiet: bool,
     rows: Filter,
+    only: str | None = None,
 ) -> None:
     """A stage on a run directory if one is named, else as a filter."""
     from unimodal.cli import console
@@ -224,7 +242,7 @@ def _run(
     from unimodal.pipeline.errors import UsageError
 
     if run is not None:
-        _update(console.from_stdin(run), stages, preset, sets, driver, as_json, quiet)
+        _update(console.from_stdin(run), stages, preset, sets, driver, as_json, quiet, only)
         return
     if sys.stdin.isatty():
         raise UsageError("name a run directory, or pipe rows in: unimodal cut videos/ | unimodal …")
@@ -240,27 +258,35 @@ def _update(
     driver: dict[str, Any],
     as_json: bool,
     quiet: bool,
-) -> None:
+    only: str | None = None,
+) -> Run:
     from unimodal.cli import console
     from unimodal.cli.curate import tell_result
+    from unimodal.pipeline.errors import UsageError
     from unimodal.pipeline.run import Run, update
 
-    before = Run.open(run)
-    settings = _changed(before, preset, sets)
+    before = Run(Path(run))
+    if not (before.path / "run.json").exists():
+        raise UsageError(f"{run}: not a finished run directory (it has no run.json)")
+    settings = _changed(before, preset, sets, only)
     skip = tuple(name for name in settings.skip if name not in stages)
     settings = settings.model_copy(update={"skip": skip})
     made = update(run, settings, progress=console.progress(quiet), **driver)
     tell_result(made, as_json, quiet)
+    return made
 
 
-def _changed(run: Run, preset: str | None, sets: list[str] | None) -> CurateSettings:
-    """The run's settings with a preset's and the user's changes."""
+def _changed(
+    run: Run, preset: str | None, sets: list[str] | None, only: str | None = None
+) -> CurateSettings:
+    """The run's settings with a preset's (or one group of it) and the user's changes."""
     from unimodal.pipeline.presets import CurateSettings, preset_layer
     from unimodal.pipeline.settings import build
 
     layers = [run.info["settings"]]
     if preset is not None:
-        layers = [{**run.info["settings"], **_groups(preset_layer(preset))}]
+        groups = _groups(preset_layer(preset))
+        layers = [{**run.info["settings"], **({only: groups[only]} if only else groups)}]
     return build(CurateSettings, *layers, sets=sets or [])
 
 
@@ -289,7 +315,7 @@ def _what_if(path: str, preset: str | None, sets: list[str] | None, as_json: boo
     from unimodal.pipeline.run import Run
 
     run = Run.open(path)
-    settings = _changed(run, preset, sets)
+    settings = _changed(run, preset, sets, "decide")
     old = run.clips.select(["uid", "verdict", "reasons"])
     scored = run.clips.drop_columns(["verdict", "reasons"])
     found = what_if(old, decide(scored, settings.decide))

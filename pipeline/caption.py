@@ -207,7 +207,7 @@ def read_text(kind: str, data: bytes) -> tuple[list[Caption], dict[str, str]]:
     """
     if len(data) > LARGEST:
         raise ValueError(f"larger than {LARGEST} bytes")
-    text = data.decode("utf-8-sig", errors="replace")
+    text = data.decode("utf-8-sig")
     if kind == ".json":
         try:
             value = json.loads(text)

@@ -140,8 +140,8 @@ RULES = (
         "embed",
         "image",
         "aesthetic",
-        "aesthetic >= $image_aesthetic_min OR coalesce("
-        "colorfulness >= $rescue_colorfulness AND text_area_mean <= $rescue_text, false)",
+        "aesthetic >= $image_aesthetic_min OR (aesthetic IS NOT NULL AND coalesce("
+        "colorfulness >= $rescue_colorfulness AND text_area_mean <= $rescue_text, false))",
     ),
     Rule("embed", "image", "aesthetic", "aesthetic >= $image_aesthetic_min"),
     Rule("embed", "video", "aesthetic", "aesthetic >= $video_aesthetic_min"),

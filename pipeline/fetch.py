@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LARGEST = 64 << 30
 """Bytes of a temporary copy: an hour of camera footage, and no disk full of one object."""
 
-CHANGED = "it has changed since it was listed: run the same command again"
+CHANGED = "it has changed since it was listed: run curate again"
 
 STEP = 8 << 20  # bytes that are asked for at a time
 

@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from unimodal.pipeline import caption, decide, dedup, score, watch
+from unimodal.pipeline import stages as stages_of
 from unimodal.pipeline.again import look_again
 from unimodal.pipeline.clips import CLIPS, WATCH, read_parquet
 from unimodal.pipeline.errors import MediaError, UsageError
@@ -32,6 +33,8 @@ from unimodal.pipeline.stage import Stage
 from unimodal.pipeline.stages import SKIPPABLE
 
 Row = dict[str, Any]
+
+SPAN_KEYS = ("start_s", "start_pts", "end_pts", "time_base", "width", "height")
 
 FLOW = ("flow_mean", "flow_median", "flow_p90")
 
@@ -56,6 +59,9 @@ def read_rows(lines: Iterable[str]) -> Iterator[Row]:
                 f"standard input, line {number}: not a clip row (it needs uid, uri and kind); "
                 "rows come from `unimodal cut`"
             )
+        lacks = [name for name in SPAN_KEYS if row["kind"] == "video" and row.get(name) is None]
+        if lacks:
+            raise UsageError(f"standard input, line {number}: a video without {', '.join(lacks)}")
         yield row
 
 
@@ -65,13 +71,14 @@ def cut_rows(
     cache: Path,
     *,
     progress: Progress | None = None,
+    limit: int | None = None,
     **engine: Any,
 ) -> tuple[Iterator[Row], Run]:
     """Rows of all clips of `inputs`, after one decode into `cache`; and the run it was kept in."""
     bare = settings.model_copy(update={"skip": SKIPPABLE, "report": False})
-    asked = json.dumps([sorted(os.path.abspath(i) for i in inputs), bare.watch().digest()])  # noqa: PTH100
+    asked = json.dumps([sorted(os.path.abspath(i) for i in inputs), bare.watch().digest(), limit])  # noqa: PTH100
     out = cache / f"cut-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
-    run = curate(inputs, out, bare, progress=progress, **engine)
+    run = curate(inputs, out, bare, progress=progress, limit=limit, **engine)
     names = [n for n in CLIPS.names if n not in (*FLOW, "captions", "verdict", "reasons")]
     names = [n for n in names if n in WATCH.names or n in ("part", "aliases", "meta")]
 
@@ -86,13 +93,18 @@ def cut_rows(
     return rows(), run
 
 
-def flow_rows(rows: Iterable[Row], settings: CurateSettings) -> Iterator[Row]:
+def flow_rows(rows: Iterable[Row], settings: CurateSettings, progress: Progress) -> Iterator[Row]:
     """Rows with the motion scores; nothing is decoded where the pass is still in the cache."""
     folder = Stage("watch", watch.VERSION, settings.watch().digest()).folder
     for row in rows:
         tar = Path(row.get("frames_tar") or "")
         kept = _watched(str(tar)) if tar.parent.name == folder else {}
-        found: Mapping[str, Any] = kept.get(row["uid"]) or look_again(row, settings.watch()).row
+        found: Mapping[str, Any] = kept.get(row["uid"], {})
+        if not found:
+            try:
+                found = look_again(row, settings.watch()).row
+            except (MediaError, OSError) as error:
+                progress.note(f"{row['uri']}: {error}; its scores are null")
         yield {**row, **{name: found.get(name) for name in FLOW}}
 
 
@@ -102,7 +114,7 @@ def score_rows(
     """Rows with the columns of the scorers in `stages`; those without weights are told of."""
     active = []
     for name in stages:
-        if why := score.module(name).absent(getattr(settings, name)):
+        if why := stages_of.why_not(name, settings):
             progress.note(f"{name} is skipped: {why}")
         else:
             active.append(name)
@@ -140,7 +152,7 @@ def decide_rows(rows: Iterable[Row], settings: CurateSettings) -> Iterator[Row]:
 
 
 def caption_rows(
-    rows: Iterable[Row], settings: CurateSettings, given: caption.Given
+    rows: Iterable[Row], settings: CurateSettings, given: caption.Given, progress: Progress
 ) -> Iterator[Row]:
     """Rows with the captions that were given or lie beside their source."""
     held = list(rows)
@@ -153,7 +165,10 @@ def caption_rows(
             found += given.captions.get(uri, [])
         for uri in names:
             for path, _, _ in sidecars.get(uri, []):
-                found += caption.read_sidecar(path)
+                try:
+                    found += caption.read_sidecar(path)
+                except (OSError, ValueError) as error:
+                    progress.note(f"{path}: {error}")
         captions = caption.for_clip(found, row.get("start_s"), row.get("end_s"))
         yield {**row, "captions": captions}
 
@@ -163,8 +178,8 @@ def _clip(row: Row, settings: CurateSettings) -> Clip:
     if path and row.get("samples") and Path(path).exists():
         try:
             return read_clip(_tar(path), row)
-        except KeyError:
-            pass  # the cache was made anew since
+        except (KeyError, tarfile.TarError):
+            pass  # the cache was made anew since, or is none
     return look_again(row, settings.watch())
 
 

@@ -41,6 +41,7 @@ class Forecast:
     images: int  # by the share among the probed ones
     video_s: float
     unreadable: int
+    unknown: int  # sources in buckets, whose headers are not fetched
     parts: int
     stages: tuple[tuple[str, str], ...]  # name, what will happen
     cpu_s: float
@@ -53,17 +54,19 @@ def forecast(sources: Sequence[Source], out: Path, settings: CurateSettings) -> 
     previous = read_parts(out / "parts.parquet")
     watched = out / stages.watch.folder
     parts = plan(sources, previous, lambda name: PartFiles(watched, name).done(), settings.parts)
-    chosen = sorted(sources, key=lambda s: hashlib.sha256(s.uri.encode()).digest())[:PROBED]
+    local = [source for source in sources if "://" not in source.uri]  # others come whole or not
+    chosen = sorted(local, key=lambda s: hashlib.sha256(s.uri.encode()).digest())[:PROBED]
     probes = [_probe(source, settings.limits) for source in chosen]
     seen = [(source, found) for source, found in zip(chosen, probes, strict=True) if found]
-    share = len(sources) / max(1, len(chosen))
+    share = len(local) / max(1, len(chosen))
     # Length goes with bytes: a mean over files would be one long video's, or miss it.
     bytes_seen = sum(source.size for source, found in seen if found.kind == "video")
     seconds_seen = sum(found.duration_s or 0.0 for _, found in seen if found.kind == "video")
     images = round(share * sum(found.kind == "image" for _, found in seen))
     bytes_all = sum(source.size for source in sources)
     video_share = bytes_seen / max(1, sum(source.size for source in chosen))
-    video_s = seconds_seen * (bytes_all * video_share / bytes_seen) if bytes_seen else 0.0
+    bytes_local = sum(source.size for source in local)
+    video_s = seconds_seen * (bytes_local * video_share / bytes_seen) if bytes_seen else 0.0
     pixels = [found.width * found.height for _, found in seen if found.kind == "video"]
     size = (sum(pixels) / len(pixels) if pixels else 0) / (1280 * 720)
     pictures = {"video": settings.keyframes.fps * video_s, "image": float(images)}
@@ -79,13 +82,14 @@ def forecast(sources: Sequence[Source], out: Path, settings: CurateSettings) -> 
         state = f"{len(missing)} of {len(parts)} parts to do" if missing else "done"
         lines.append((stage.name, state))
     lines += [(name, f"skipped: {why}") for name, why in stages.skipped.items()]
-    lines.append(("caption, decide", "joined at the end"))
+    lines.append(("then", "caption, match, dedup and decide over all clips"))
     return Forecast(
         sources=len(sources),
         bytes=bytes_all,
         images=images,
         video_s=round(video_s, 1),
         unreadable=round(share * (len(chosen) - len(seen))),
+        unknown=len(sources) - len(local),
         parts=len(parts),
         stages=tuple(lines),
         cpu_s=round(cpu, 1),
@@ -94,8 +98,6 @@ def forecast(sources: Sequence[Source], out: Path, settings: CurateSettings) -> 
 
 
 def _probe(source: Source, limits: Limits) -> Probe | None:
-    if "://" in source.uri:
-        return None  # it would have to be fetched whole
     try:
         with fetch.local(source.uri) as path:
             return media.probe(path, limits)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from unimodal.pipeline.clips import read_parquet
-from unimodal.pipeline.errors import MediaError
+from unimodal.pipeline.errors import MediaError, UnimodalError
 from unimodal.pipeline.stage import PartFiles
 
 
@@ -51,13 +51,18 @@ class Clip:
 def read_clips(folder: Path, part: str) -> Iterator[Clip]:
     """Clips of a part, in order of uid, each with its pictures; one clip in memory at a time.
 
-    `folder` is a watch stage's. Raises `MediaError` if the tar does not hold what the rows say.
+    `folder` is a watch stage's. Raises `UnimodalError` if the tar does not hold what the rows say.
     """
     files = PartFiles(folder, part)
     rows = read_parquet(files.rows).to_pylist()
-    with tarfile.open(files.frames) as tar:
-        for row in sorted(rows, key=lambda row: row["uid"]):
-            yield Clip(row, tuple(_samples(tar, row, files.frames)))
+    try:
+        with tarfile.open(files.frames) as tar:
+            for row in sorted(rows, key=lambda row: row["uid"]):
+                yield Clip(row, tuple(_samples(tar, row, files.frames)))
+    except (tarfile.TarError, FileNotFoundError) as error:
+        raise UnimodalError(
+            f"{files.frames}: cannot be read ({error}); remove {files.rows} and run curate again"
+        ) from error
 
 
 def read_clip(tar: tarfile.TarFile, row: Mapping[str, Any]) -> Clip:
@@ -79,7 +84,7 @@ def _samples(tar: tarfile.TarFile, row: Mapping[str, Any], path: Path) -> Iterat
             member = tar.next()
         file = tar.extractfile(member) if member is not None else None
         if file is None:
-            raise MediaError(f"{path} lacks {sample['member']}: remove the part and run again")
+            raise tarfile.ReadError(f"it lacks {sample['member']}")
         yield Sample(
             sample["time_s"], sample["keyframe"], sample["scoring"], sample["hash"], file.read()
         )

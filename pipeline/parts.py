@@ -83,10 +83,12 @@ def plan(
 
     A part whose sources are all unchanged is kept. One that has lost some is kept only if its
     work is done (`committed`): its rows are then filtered, not made again. Everything else is
-    grouped anew.
+    grouped anew, where parts that were done once and left out since are found again by name.
     """
     current = {source.identity: source for source in sources}
-    kept: list[Part] = []
+    kept = [part for part in group(sources, settings) if committed(part.name)]
+    again = {source.identity for part in kept for source in part.sources}
+    previous = [p for p in previous if not again & {source.identity for source in p.sources}]
     for part in previous:
         live = tuple(current[s.identity] for s in part.sources if s.identity in current)
         if live and (len(live) == part.members or committed(part.name)):

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unimodal.pipeline import caption, decide
+from unimodal.pipeline import caption, decide, view
 from unimodal.pipeline.clips import CLIPS, read_parquet
 from unimodal.pipeline.engine import choose
 from unimodal.pipeline.errors import UsageError, full_disk
@@ -57,6 +57,10 @@ class Run:
         run = cls(Path(path))
         if not (run.path / "clips.parquet").exists():
             raise UsageError(f"{path}: not a finished run directory (it has no clips.parquet)")
+        info = run.path / "run.json"
+        made_of = view.made_of(run.path / "clips.parquet")
+        if not info.exists() or (made_of and made_of != run.info["stages"]):
+            raise UsageError(f"{path}: its last run was interrupted; curate it again")
         return run
 
     @cached_property
@@ -99,7 +103,8 @@ class Run:
 
     def samples(self, part: str) -> dict[str, list[dict[str, Any]]]:
         """The stored pictures of a part's clips, as `clips.SAMPLE` has them, by uid."""
-        return _samples(PartFiles(self.path / self.info["stages"]["watch"], part).rows)
+        rows = PartFiles(self.path / self.info["stages"]["watch"], part).rows
+        return _samples(rows, rows.stat().st_mtime_ns)
 
     def frames_tar(self, part: str) -> Path:
         """The tar that holds the sampled frames of a part's clips."""
@@ -107,7 +112,7 @@ class Run:
 
 
 @lru_cache(maxsize=16)
-def _samples(rows: Path) -> dict[str, list[dict[str, Any]]]:
+def _samples(rows: Path, mtime_ns: int) -> dict[str, list[dict[str, Any]]]:
     found = read_parquet(rows, columns=["uid", "samples"]).to_pylist()
     return {row["uid"]: row["samples"] for row in found}
 
@@ -143,7 +148,9 @@ def curate(
     settings = settings or CurateSettings()
     progress = progress or Progress()
     driver = Engine(choose(engine, address), workers, address)
-    _check(settings)
+    check(settings)
+    if "://" in str(out):
+        raise UsageError(f"{out}: a run directory is on a disk, or on storage that is mounted")
     out = Path(out).absolute()
     _must_be_ours(out)
     given = caption.read_given(captions)
@@ -184,11 +191,13 @@ def update(
 
     By default the settings it was made with. Raises as `curate` does.
     """
-    run = Run.open(out)
+    run = Run(Path(out))
+    if not (run.path / "run.json").exists():
+        raise UsageError(f"{out}: not a finished run directory (it has no run.json)")
     settings = settings or run.settings
     progress = progress or Progress()
     driver = Engine(choose(engine, address), workers, address)
-    _check(settings)
+    check(settings)
     path = run.path.absolute()
     with run_lock(path, progress), _disk(path):
         sweep(path)
@@ -217,7 +226,7 @@ def _bring_up(work: Work, seconds: dict[str, float]) -> Run:
     return run
 
 
-def _check(settings: CurateSettings) -> None:
+def check(settings: CurateSettings) -> None:
     """A typing error in a rule shall not wait for the last video."""
     if settings.decide.extra:
         decide.decide(CLIPS.empty_table(), settings.decide)
@@ -235,8 +244,10 @@ def _forget(out: Path, names: set[str]) -> None:
             for file in out.glob(pattern):
                 file.unlink()
     for name in names:
-        for file in out.glob(f"*-*/{name}.*"):
-            file.unlink()
+        # The commit mark goes first: a part without it is done again, whatever else is left of it.
+        for pattern in (f"*-*/{name}.parquet", f"*-*/{name}.*"):
+            for file in out.glob(pattern):
+                file.unlink()
 
 
 def _with_failures(out: Path, parts: Sequence[Part]) -> set[str]:

@@ -54,9 +54,7 @@ def part_stages(settings: CurateSettings) -> Stages:
     for name in score.SCORERS:
         module = score.module(name)
         own = getattr(settings, name)
-        why = "switched off (skip)" if name in settings.skip else module.absent(own)
-        if why and "switched" not in why and getattr(own, "weights", None):
-            raise UsageError(f"{name}: {why}")  # asked for, so not to be left out
+        why = "switched off (skip)" if name in settings.skip else why_not(name, settings)
         if why:
             skipped[name] = why
         else:
@@ -72,9 +70,18 @@ def part_stages(settings: CurateSettings) -> Stages:
     return Stages(first, tuple(scores), skipped)
 
 
+def why_not(name: str, settings: CurateSettings) -> str | None:
+    """Why a scorer cannot run; None if it can. Raises `UsageError` if it was asked for."""
+    own = getattr(settings, name)
+    why = score.module(name).absent(own)
+    if why and getattr(own, "weights", None):
+        raise UsageError(f"{name}: {why}")
+    return why
+
+
 def dedup_stage(stages: Stages, settings: CurateSettings, live: str) -> Stage:
     """The stage that groups near-duplicates among the live parts (`live`: their digest)."""
-    reads = tuple(stage.folder for stage in stages.by_part if stage.name != "text")
+    reads = tuple(stage.folder for stage in stages.by_part if stage.name not in ("text", "nsfw"))
     return Stage("dedup", dedup.VERSION, settings.dedup.digest(), (*reads, live))
 
 

@@ -81,13 +81,15 @@ class Supervised:
                 raise UnimodalError(
                     f"part {job.part}: workers die outside of any source ({reason}). {self._tail()}"
                 )
+            # Of a batch of clips only the first is known by name: then one by one, to be sure.
+            final = final and (job.one_by_one or culprit.startswith("watch:"))
             if culprit and (final or deaths[culprit] >= self._patience.deaths):
                 poison[culprit] = reason
             job = replace(job, one_by_one=True)
 
     def stop(self) -> None:
         """End the worker from another thread; `do` raises there."""
-        self._stopped = True
+        self._stopped = True  # from here on, none is started
         if (process := self._process) is not None:
             process.kill()
 
@@ -144,6 +146,8 @@ class Supervised:
                 return source, None, True
 
     def _started(self) -> subprocess.Popen[bytes]:
+        if self._stopped:
+            raise UnimodalError("stopped; run the same command again to go on")
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
@@ -182,7 +186,8 @@ class Supervised:
             return "the worker could not be started"
         code = self._process.wait()
         if code >= 0:
-            return f"the worker that read it ended with exit code {code}"
+            said = self._tail()
+            return f"the worker that read it ended with exit code {code}" + (said and f": {said}")
         try:
             name = signal.Signals(-code).name
         except ValueError:

@@ -190,7 +190,7 @@ def _json_lines(table: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 def _csv(table: Path, name: str, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.reader((line for _, line in _lines(table, name)), delimiter=delimiter)
+    reader = csv.reader((line for _, line in _lines(table, name)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     try:
         for cells in reader:

@@ -92,10 +92,14 @@ def with_captions(
         {"uri": uri, "stage": "caption", "reason": unread + why}
         for uri, why in sorted(given.sick.items())
     ]
+    copied = clips.filter(pc.greater(pc.list_value_length(clips.column("aliases")), 0))
+    aliases = dict(
+        zip(*(copied.column(name).to_pylist() for name in ("uri", "aliases")), strict=True)
+    )
     for part in parts:
         for source in part.sources:
             found: list[caption.Caption] = []
-            names = (source.uri, *source.aliases)
+            names = (source.uri, *aliases.get(source.uri, source.aliases))
             for uri in names:
                 found += given.captions.get(uri, [])
                 if uri in given.meta:
@@ -151,16 +155,16 @@ def folders_of(out: Path) -> dict[str, str] | None:
 
     None if a table is not there, or they are not of the same: a run was killed between the two.
     """
-    marks = {_made_of(out / name) for name in ("clips.parquet", "quarantine.parquet")}
-    mark = marks.pop()
-    return None if marks or not mark else json.loads(mark)
+    first, second = (made_of(out / name) for name in ("clips.parquet", "quarantine.parquet"))
+    return first if first == second else None
 
 
-def _made_of(path: Path) -> str | None:
+def made_of(path: Path) -> dict[str, str] | None:
+    """The stage folders in a table's own mark; None if there is no table or no mark."""
     if not path.exists():
         return None
-    marks = pq.read_schema(path).metadata or {}
-    return marks.get(b"unimodal.made_of", b"").decode()
+    mark = (pq.read_schema(path).metadata or {}).get(b"unimodal.made_of")
+    return json.loads(mark) if mark else None
 
 
 def _collapse(rows: pa.Table, aliases: dict[str, set[str]]) -> pa.Table:

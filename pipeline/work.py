@@ -205,7 +205,7 @@ def _told(work: Work, sources: int) -> tuple[Tell, Callable[[], None]]:
     """Draw what workers tell, and stop the run when most sources fail."""
     counted: set[tuple[str, str]] = set()
     begun: list[str] = []
-    failed = 0
+    failed = seen = 0
     progress, patience = work.progress, work.settings.patience
 
     def begin(task: str, total: float, unit: str) -> None:
@@ -219,7 +219,7 @@ def _told(work: Work, sources: int) -> tuple[Tell, Callable[[], None]]:
             progress.advance("video", amount)
 
     def done(stage: str, thing: str, why: str) -> None:
-        nonlocal failed
+        nonlocal failed, seen
         if (stage, thing) in counted:  # a part that is tried again tells of its first ones again
             return
         counted.add((stage, thing))
@@ -229,7 +229,7 @@ def _told(work: Work, sources: int) -> tuple[Tell, Callable[[], None]]:
             return
         progress.advance("sources")
         failed += bool(why)
-        seen = len(counted)
+        seen += 1
         if failed >= patience.failures_least and failed > patience.failures * seen:
             raise UnimodalError(
                 f"stopped: {failed} of the first {seen} sources could not be read, the last one "

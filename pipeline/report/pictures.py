@@ -152,7 +152,7 @@ def layout(count: int, aspect: float, widest: int) -> tuple[list[Box], int, int]
 
 
 def _fit(width: float, aspect: float) -> tuple[int, int]:
-    return max(1, int(width)), min(BOX[1], max(1, round(int(width) / aspect)))
+    return max(1, int(width)), min(BOX[1], max(1, int(int(width) / aspect)))
 
 
 def _at(file: Any, place: tuple[int, int]) -> bytes:

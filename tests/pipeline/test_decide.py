@@ -170,8 +170,8 @@ def test_a_plain_image_below_the_aesthetic_bound_is_rescued_on_evidence_only() -
     assert kept(DecideSettings(image_aesthetic_min=None)) == set(cases)
     ((_, why),) = _verdicts(DecideSettings(), {**picture, **cases["monochrome"]})
     assert why == [
-        "embed:aesthetic=3:aesthetic >= 5.5 OR "
-        "coalesce(colorfulness >= 15.0 AND text_area_mean <= 0.05, false)"
+        "embed:aesthetic=3:aesthetic >= 5.5 OR (aesthetic IS NOT NULL AND "
+        "coalesce(colorfulness >= 15.0 AND text_area_mean <= 0.05, false))"
     ]
 
 

@@ -66,6 +66,19 @@ def test_mass_failure_stops_the_run_and_a_retry_mends_it(
     assert tree(tmp_path / "run") == tree(tmp_path / "whole")
 
 
+def test_clips_of_good_sources_do_not_hide_that_most_sources_fail(
+    tmp_path: Path, bikes: Path
+) -> None:
+    for number in range(6):
+        (tmp_path / f"{number}.mp4").write_text(f"broken {number}")
+    settings = build(
+        CurateSettings,
+        sets=["patience.failures_least=3", "parts.max_sources=1", "report=false"],
+    )
+    with pytest.raises(UnimodalError, match=r"\d of the first \d sources could not be read"):
+        curate([bikes, tmp_path], tmp_path / "run", settings, engine="inline")
+
+
 def test_without_being_told_a_quarantined_file_is_not_tried_again(
     tmp_path: Path, pictures: Path
 ) -> None:

@@ -45,7 +45,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Rows:
 
 def _all(rows: Iterator[dict[str, Any]] | Rows) -> Rows:
     rows = filter.score_rows(
-        filter.flow_rows(rows, SETTINGS), ("text", "quality"), SETTINGS, Progress()
+        filter.flow_rows(rows, SETTINGS, Progress()), ("text", "quality"), SETTINGS, Progress()
     )
     return list(filter.decide_rows(filter.dedup_rows(rows, SETTINGS), SETTINGS))
 
@@ -69,10 +69,10 @@ def test_without_the_cache_the_spans_are_decoded_to_the_same_scores(cut: Rows) -
 def test_other_settings_are_measured_anew(tmp_path: Path, cut: Rows, bikes: Path) -> None:
     video = [row for row in cut if row["kind"] == "video"]
     double = build(CurateSettings, sets=["flow.fps=4"])
-    before = [row["flow_mean"] for row in filter.flow_rows(video, SETTINGS)]
-    after = [row["flow_mean"] for row in filter.flow_rows(video, double)]
+    before = [row["flow_mean"] for row in filter.flow_rows(video, SETTINGS, Progress())]
+    after = [row["flow_mean"] for row in filter.flow_rows(video, double, Progress())]
     passed, _ = filter.cut_rows([bikes], double, tmp_path, engine="inline")
-    assert after == [row["flow_mean"] for row in filter.flow_rows(passed, double)]
+    assert after == [row["flow_mean"] for row in filter.flow_rows(passed, double, Progress())]
     assert None not in (before[0], after[0]) and after[0] != before[0]
 
 
@@ -90,7 +90,7 @@ def test_keys_of_the_users_own_ride_along_and_rules_may_speak_of_them(cut: Rows)
 
 def test_captions_join_rows_that_came_through_a_pipe(cut: Rows) -> None:
     given = caption.Given({cut[0]["uri"]: [caption.Caption("a street")]})
-    rows = list(filter.caption_rows(cut, SETTINGS, given))
+    rows = list(filter.caption_rows(cut, SETTINGS, given, Progress()))
     assert [c["text"] for c in rows[0]["captions"]] == ["a street"]
     assert all(row["captions"] == [] for row in rows if row["uri"] != cut[0]["uri"])
 

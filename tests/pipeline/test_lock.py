@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,3 +68,35 @@ def test_a_lock_of_another_machine_that_still_beats_is_respected(tmp_path: Path)
     _leave(tmp_path, "elsewhere", 1, 5)
     with pytest.raises(UnimodalError, match="elsewhere"), run_lock(tmp_path, Notes()):
         pass
+
+
+def _enter_together(run: Path, count: int) -> tuple[list[int], list[str]]:
+    """How many were inside at each entry, and why others were not let in."""
+    inside, most, refused = set[int](), list[int](), list[str]()
+    together = threading.Barrier(count)
+
+    def enter(number: int) -> None:
+        together.wait()
+        try:
+            with run_lock(run, Progress()):
+                inside.add(number)
+                most.append(len(inside))
+                time.sleep(0.02)
+                inside.remove(number)
+        except UnimodalError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=enter, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return most, refused
+
+
+def test_of_several_that_find_the_same_stale_lock_one_at_a_time_gets_it(tmp_path: Path) -> None:
+    for _ in range(20):
+        _leave(tmp_path, "elsewhere", 1, STALE_S + 5)
+        most, refused = _enter_together(tmp_path, 4)
+        assert most and set(most) == {1} and len(most) + len(refused) == 4
+        assert not (tmp_path / "run.lock").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unimodal.pipeline.inputs import Source
-from unimodal.pipeline.parts import PartSettings, digest, group, plan, read_parts, write_parts
+from unimodal.pipeline.parts import Part, PartSettings, digest, group, plan, read_parts, write_parts
 
 SMALL = PartSettings(max_bytes=100, max_sources=3)
 
@@ -37,10 +38,23 @@ def test_one_long_video_does_not_hide_in_a_crowd() -> None:
     assert [[s.size for s in part.sources] for part in parts] == [[10, 10], [500]]
 
 
+def _done(parts: list[Part]) -> Callable[[str], bool]:
+    """What is committed: these parts."""
+    names = {part.name for part in parts}
+    return lambda name: name in names
+
+
+def test_a_run_that_was_cut_short_finds_its_whole_parts_again() -> None:
+    whole = group(_sources(10, 10, 10), SMALL)
+    short = plan(_sources(10), whole, _done(whole), SMALL)  # as with --limit 1
+    assert [part.name for part in short] == [part.name for part in whole]
+    assert plan(_sources(10, 10, 10), short, _done(whole), SMALL) == whole
+
+
 def test_a_file_that_is_added_costs_one_part() -> None:
     before = group(_sources(40, 40, 40, 40), SMALL)
     sources = [*_sources(40, 40, 40, 40), Source("/000a.png", 5, 9)]
-    after = plan(sources, before, lambda name: True, SMALL)
+    after = plan(sources, before, _done(before), SMALL)
     assert len(after) == len(before) + 1
     assert {part.name for part in before} < {part.name for part in after}
 
@@ -49,7 +63,7 @@ def test_an_edited_file_moves_to_a_new_part_and_leaves_the_old_one_standing() ->
     before = group(_sources(10, 10, 10), SMALL)
     sources = _sources(10, 10, 10)
     sources[1] = replace(sources[1], mtime_ns=99)
-    after = plan(sources, before, lambda name: True, SMALL)
+    after = plan(sources, before, _done(before), SMALL)
     kept = next(part for part in after if part.name == before[0].name)
     assert [s.uri for s in kept.sources] == ["/000.png", "/002.png"] and kept.members == 3
     assert [s for part in after if part is not kept for s in part.sources] == [sources[1]]

@@ -206,3 +206,10 @@ def test_any_json_lines_give_rows_that_a_table_can_hold_or_a_usage_error(
             pa.array(kept, pa.string())
     except UsageError as error:
         assert str(table) in str(error)
+
+
+def test_a_quote_that_is_never_closed_swallows_no_rows_in_silence(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text('path,caption\na.png,"a cat\nb.png,x\nc.png,y\n')
+    with pytest.raises(UsageError, match=r"t\.csv, line \d+: unexpected end of data"):
+        list(tables.read_rows(table))

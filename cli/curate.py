@@ -88,14 +88,18 @@ def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
     from unimodal.pipeline.decide import advice, waterfall
     from unimodal.pipeline.errors import UnimodalError
 
-    record = {"kept": made.kept, "dropped": made.dropped, "quarantined": made.quarantined}
-    if not made.clips.num_rows:
+    totals = made.info["totals"]
+    record = {name: totals[name] for name in ("kept", "dropped", "quarantined")}
+    if not totals["clips"]:
         if as_json:
             console.result(made.path, record, as_json)
         raise UnimodalError(
-            f"no input could be read ({made.quarantined} quarantined): see "
+            f"no input could be read ({totals['quarantined']} quarantined): see "
             f"{made.path / 'quarantine.parquet'} for the reason of each"
         )
+    if quiet and not as_json:  # a million rows are not read again for nobody
+        console.result(made.path, record, as_json)
+        return
     thresholds = made.settings.decide
     tolls = waterfall(made.clips, thresholds)
     reasons = {toll.keep: toll.dropped for toll in tolls if toll.dropped}
@@ -108,7 +112,7 @@ def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
             tell.note(f"{name} was skipped: {why}")
     for line in advice(tolls, thresholds):
         tell.note(line)
-    if not made.kept:
+    if not totals["kept"]:
         tell.note("nothing was kept; loosen a rule, for example --set decide.flow_min=none")
     console.result(made.path, {**record, "dropped_by": reasons}, as_json)
 

@@ -101,7 +101,8 @@ def _curate(story: Story, progress: Progress) -> dict[str, Path]:
     footage = dict(list(videos.items())[:1]) if story.quick else {**photos, **videos}
     runs = {"pictures": story.out / "run-pictures", "footage": story.out / "run-footage"}
     rules = {
-        "pictures": ["decide.image_min_area=none", "decide.contrast_min=none"],
+        # Emoji of several skin tones are near-duplicates, and each is wanted.
+        "pictures": ["decide.image_min_area=none", 'skip=["text", "dedup"]'],
         "footage": [
             "decide.image_min_area=none",
             "decide.video_min_side=none",

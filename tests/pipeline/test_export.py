@@ -337,7 +337,7 @@ def test_one_clips_failure_is_told_and_stops_no_other(
     told = {Path(row["uri"]).name: row["reason"] for row in done.failed}
     assert told == {
         "a.mp4": "no such file",
-        "b.mp4": "it has changed since it was listed: run the same command again",
+        "b.mp4": "it has changed since it was listed: run curate again",
     }
     lines = (tmp_path / "out" / "failed.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == done.failed

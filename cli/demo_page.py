@@ -22,6 +22,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem aut
 h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #dde; }
 table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left }
 th { font-weight: 500; color: #667 }
+td.why { overflow-wrap: anywhere; min-width: 9rem }
 td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .grid { display: flex; flex-wrap: wrap; gap: .6rem } figure { margin: 0; width: 8.5rem }
 figure.wide { width: 16.6rem } figcaption { font-size: 12px; color: #445; line-height: 1.25 }
@@ -98,7 +99,7 @@ def _clips(run_dir: Path) -> str:
         rows.append(
             f"<tr class={row['verdict']}><td>{escape(Path(row['uri']).name)}"
             f"<td class=strip>{strip}<td class=n>{span[0]}<td class=n>{span[1]}<td>{escape(cut)}"
-            f"<td class=n>{flow}<td class=n>{luma}<td>{verdict}</tr>"
+            f"<td class=n>{flow}<td class=n>{luma}<td class=why>{verdict}</tr>"
         )
     return (
         "<h2>Curate: clips, cuts and scores</h2><p class=note>Motion is mean optical flow over the "

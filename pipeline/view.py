@@ -69,10 +69,13 @@ def with_columns(rows: pa.Table, files: Sequence[Path], schema: pa.Schema) -> pa
 
 def join(rows: pa.Table, found: pa.Table, schema: pa.Schema) -> pa.Table:
     """`rows` with the columns of `schema` from `found`, by uid; null where `found` has no row."""
-    where = pc.index_in(rows.column("uid"), found.column("uid").combine_chunks())
+    in_order = rows.column("uid").equals(found.column("uid"))
+    if not in_order:
+        where = pc.index_in(rows.column("uid"), found.column("uid").combine_chunks())
     for field in schema:
         column = found.column(field.name).combine_chunks().cast(field.type)
-        rows = rows.append_column(field.name, column.take(where.combine_chunks()))
+        taken = column if in_order else column.take(where.combine_chunks())
+        rows = rows.append_column(field.name, taken)
     return rows
 
 

@@ -96,10 +96,13 @@ def join(work: Work) -> dict[str, str]:
     else:
         clips, refused = _columns(work, plan)
     verdict_file = out / plan.verdicts.folder / "verdicts.parquet"
-    if not verdict_file.exists():
-        write_parquet(decide.decide(clips, work.settings.decide), verdict_file)
+    if verdict_file.exists():
+        judged = read_parquet(verdict_file)
+    else:
+        judged = decide.decide(clips, work.settings.decide)
+        write_parquet(judged, verdict_file)
     schema = pa.schema([CLIPS.field("verdict"), CLIPS.field("reasons")])
-    clips = view.with_columns(clips, [verdict_file], schema)
+    clips = view.join(clips, judged, schema)
     (out / "report.html").unlink(missing_ok=True)
     view.write_view(out, clips, refused, plan.folders)
     return plan.folders

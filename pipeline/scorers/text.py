@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import field_validator
 
 from unimodal.pipeline.clips import TEXT as COLUMNS
 from unimodal.pipeline.errors import UsageError
@@ -94,12 +93,6 @@ class TextSettings(Settings):
     """Share of the picture that such a mark covers at most."""
     threads: int = 1
     """Of the detector; engines run a part per core, so more would get in each other's way."""
-
-    @field_validator("model", "long_side", "short_side", mode="before")
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        """On a command line, None is written "none"."""
-        return None if value == "none" else value
 
 
 def absent(settings: TextSettings) -> str | None:

@@ -16,6 +16,7 @@ from unimodal.pipeline.frames import Clip, Sample
 from unimodal.pipeline.media import iter_frames, read_image
 from unimodal.pipeline.scorers import text
 from unimodal.pipeline.scorers.text import TextSettings
+from unimodal.pipeline.settings import build
 
 Score = Callable[[Clip], dict[str, float | None]]
 
@@ -274,7 +275,7 @@ def test_emu3_looks_at_fewer_pixels(frames: list[np.ndarray]) -> None:
         sizes.append(picture.shape[:2])
         return np.zeros((0, 4, 2), np.float32)
 
-    settings = TextSettings.model_validate({"long_side": "none", "short_side": 256})
+    settings = build(TextSettings, sets=["long_side=none", "short_side=256"])
     text.look(_clip(frames[:1]), find, settings)
     text.look(_clip([frames[0][:96, :160]]), find, settings)
     assert sizes == [(256, 448), (96, 160)]

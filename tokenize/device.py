@@ -1,8 +1,19 @@
-"""Which device to compute on, checked before anything is loaded."""
+"""Which device to compute on, checked before anything is loaded, and what to do when it is full."""
 
 from __future__ import annotations
 
-from unimodal.pipeline.errors import UsageError
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from unimodal.pipeline.errors import UnimodalError, UsageError
+
+# How torch's allocators (CPU, CUDA) and the libraries below them say it; only CUDA has a class.
+_FULL = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|ALLOC_FAILED"
+    r"|bad_alloc",
+    re.IGNORECASE,
+)
 
 
 def usable(name: str) -> str:
@@ -20,3 +31,20 @@ def usable(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {name} cannot be used ({reason}): give --device cpu") from error
     return name
+
+
+@contextmanager
+def out_of_memory(setting: str) -> Iterator[None]:
+    """Turn an out-of-memory error of torch or Python into `UnimodalError` that names `setting`.
+
+    `setting` is what to lower, with its value: "batch (now 8) or area (now 262144)". Other errors
+    pass through.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _FULL.search(str(error)):
+            raise
+        asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
+        more = f" ({asked[1]} more were asked for)" if asked else ""
+        raise UnimodalError(f"out of memory{more}: lower {setting}") from error

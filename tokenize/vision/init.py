@@ -12,7 +12,7 @@ painting the mean colour that a code stands for. The residual branches begin at 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -108,13 +108,14 @@ def _encoder(model: MoVQ, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     colour = torch.eye(3)  # mean colour of a block per unit of each component
     last: nn.Conv2d = encoder.conv_in
     filters = torch.empty(0)
-    for stage, width in zip(list(encoder.down)[:-1], widths[:-1], strict=True):
+    levels: list[Any] = list(encoder.down)
+    for stage, width in zip(levels[:-1], widths[:-1], strict=True):
         if (shortcut := getattr(stage.block[0], "nin_shortcut", None)) is not None:
             count = here.shape[1]
             _carry(shortcut, range(count), torch.eye(count)[:, :, None, None])
         blocks = F.pixel_unshuffle(here, 2)  # [N, 4 count, h, w]
         rows = blocks.movedim(1, -1).flatten(0, -2).double()
-        final = stage is list(encoder.down)[-2]
+        final = stage is levels[-2]
         most = size if final else int(CARRIED * width)
         basis = torch.linalg.eigh(rows.T @ rows)[1].flip(1).T[:most].float()
         here = torch.einsum("kc,nchw->nkhw", basis, blocks)
@@ -125,7 +126,7 @@ def _encoder(model: MoVQ, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     unit = SCALE / (2.0 ** (len(widths) - 1) * 3**0.5)  # a patch of one colour at 1: length SCALE
     group = widths[-1] // GROUPS
     first = group * torch.arange(size)
-    if (shortcut := getattr(encoder.down[-1].block[0], "nin_shortcut", None)) is not None:
+    if (shortcut := getattr(levels[-1].block[0], "nin_shortcut", None)) is not None:
         last, filters = shortcut, torch.eye(size)[:, :, None, None]
     for k, sign in enumerate((1.0, -1.0)):
         _carry(last, first + k, sign * unit / SCALE * filters)

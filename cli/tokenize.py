@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unimodal.cli import options
+from unimodal.cli.options import Engine
 
 if TYPE_CHECKING:
     from unimodal.tokenize.plan import TokenizeSettings
@@ -24,23 +25,34 @@ def tokenize(
     ] = None,
     area: Annotated[int | None, typer.Option("--area", help="Pixels of a picture.")] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Pictures a second of video.")] = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="emu3, or none.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="emu3, emu3-chat, or none.")
+    ] = None,
     sets: options.Sets = None,
+    engine: Annotated[Engine, typer.Option("--engine", help="Where the work runs.")] = Engine.auto,
+    address: options.Address = None,
+    workers: options.Workers = None,
     limit: options.Limit = None,
     device: options.Device = "auto",
+    retry: Annotated[
+        bool,
+        typer.Option("--retry-quarantined", help="Do shards with unreadable files again."),
+    ] = False,
     plan: options.Plan = False,
     strict: options.Strict = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Turn kept clips and images into discrete tokens, as WebDataset shards with an index."""
+    """Turn kept clips and images into discrete tokens, as WebDataset shards with an index.
+
+    Finished shards are kept: after an interruption, the same command makes only what is missing.
+    """
     from unimodal.cli import console
     from unimodal.pipeline.errors import UsageError
     from unimodal.pipeline.settings import build
     from unimodal.tokenize import plan as plans
     from unimodal.tokenize import run as stage
-    from unimodal.tokenize.device import usable
 
     if preset is not None and preset not in plans.PRESETS:
         raise UsageError(f"no preset {preset}: there are {', '.join(plans.PRESETS)}")
@@ -53,30 +65,38 @@ def tokenize(
     )
     source = Path(console.from_stdin(run))
     if plan:
-        _plan(source, settings, limit, json)
+        driver = stage.driver_of(engine.value, address, device)
+        _plan(source, settings, limit, driver, json)
         return
     shards = stage.tokenize(
         source,
         out,
         settings,
+        engine=engine.value,
+        workers=workers,
+        address=address,
         progress=console.progress(quiet),
         limit=limit,
-        device=usable(device),
+        device=device,
+        retry_quarantined=retry,
     )
     totals = dict(shards.manifest["totals"])
-    console.table(f"shards in {out}", list(totals.items()), quiet)
+    console.table(f"shards in {out}", [*totals.items(), *shards.rates.items()], quiet)
     console.result(out, totals, json)
     if strict and totals.get("quarantined"):
         raise typer.Exit(3)
 
 
-def _plan(run: Path, settings: TokenizeSettings, limit: int | None, as_json: bool) -> None:
+def _plan(
+    run: Path, settings: TokenizeSettings, limit: int | None, driver: str, as_json: bool
+) -> None:
     from unimodal.cli import console
     from unimodal.tokenize import plan as plans
     from unimodal.tokenize.vision.tokenizer import VisionTokenizer
     from unimodal.tokenize.vocabulary import Vocabulary
 
-    codebook = VisionTokenizer.load(settings.tokenizer).codebook_size
-    vocabulary = Vocabulary.named(settings.vocabulary, codebook)
-    counts = plans.estimate(plans.kept_clips(run, limit), settings, vocabulary)
-    console.plan("would tokenize", counts, as_json)
+    tokenizer = VisionTokenizer.load(settings.tokenizer)
+    vocabulary = Vocabulary.named(settings.vocabulary, tokenizer.codebook_size)
+    clips = plans.kept_clips(run, limit)
+    found = plans.estimate(clips, settings, vocabulary, tokenizer.spatial_factor)
+    console.plan("would tokenize", {**found, "engine": driver}, as_json)

@@ -60,20 +60,28 @@ def run_jobs(
 
 
 def _local(jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int) -> None:
-    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    gpus = _gpus()
     if gpus and any(step.model for job in jobs for step in job.steps):
         # A model per process would fill the GPU with copies: first everybody decodes, then a
         # process per GPU runs the models.
         light = [replace(job, steps=[s for s in job.steps if not s.model]) for job in jobs]
         _pool([job for job in light if job.steps], tell, patience, workers, [])
         heavy = [replace(job, steps=[s for s in job.steps if s.model]) for job in jobs]
-        _pool([job for job in heavy if job.steps], tell, patience, gpus, list(range(gpus)))
+        _pool([job for job in heavy if job.steps], tell, patience, len(gpus), gpus)
     else:
         _pool(jobs, tell, patience, workers, [])
 
 
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None:
+        return [name.strip() for name in shown.split(",") if name.strip() not in ("", "-1")]
+    return [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
 def _pool(
-    jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int, gpus: Sequence[int]
+    jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int, gpus: Sequence[str]
 ) -> None:
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
@@ -135,8 +143,10 @@ def _ray(
         parts = ray.data.from_items(rows, override_num_blocks=len(rows))
         pool = ray.data.TaskPoolStrategy(size=min(workers, len(rows)) if workers else None)
         heavy = gpus > 0 and any(step.model for job in jobs for step in job.steps)
-        task = partial(_ray_part, models=False if heavy else None)
-        done = parts.map(task, num_cpus=1, compute=pool)
+        done: ray.data.Dataset = parts
+        if not heavy or any(not step.model for job in jobs for step in job.steps):
+            task = partial(_ray_part, models=False if heavy else None)
+            done = parts.map(task, num_cpus=1, compute=pool)
         if heavy:  # while some parts are decoded, others are at the models already
             actors = ray.data.ActorPoolStrategy(size=min(gpus, len(rows)))
             done = done.map(_RayModels, num_cpus=0, num_gpus=1, compute=actors)  # type: ignore[arg-type]

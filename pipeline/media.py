@@ -239,14 +239,17 @@ def iter_frames(
     *,
     size: tuple[int, int] | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    tick: fetch.Tick | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Frames of a video with start_pts <= PTS < end_pts, as shown: (pts, uint8 RGB [H, W, 3]).
 
     One seek to the key frame before the span, then decoding in sequence. `size` is (height,
-    width); by default the size at which the video is shown. Raises `MediaError`.
+    width); by default the size at which the video is shown. `tick` is told while nothing is
+    yielded: of bytes that are fetched, and with 1 of each frame before the span. Raises
+    `MediaError`.
     """
-    with fetch.local(str(uri), keep=True) as path:
-        yield from _span(path, start_pts, end_pts, size, limits)
+    with fetch.local(str(uri), keep=True, tick=tick) as path:
+        yield from _span(path, start_pts, end_pts, size, limits, tick)
 
 
 def _span(
@@ -255,6 +258,7 @@ def _span(
     end_pts: int | None,
     size: tuple[int, int] | None,
     limits: Limits,
+    tick: fetch.Tick | None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     for seek in (start_pts is not None, False):
         with open_video(path, limits) as video:
@@ -270,6 +274,8 @@ def _span(
                     return
                 if start_pts is None or frame.pts >= start_pts:
                     yield frame.pts, video.upright(frame, shown, "rgb24")
+                elif tick is not None:
+                    tick(1)
             return
 
 

@@ -49,7 +49,7 @@ START_S = 120.0
 class Supervised:
     """One worker process after another, doing one job at a time, on one `gpu` if it is given."""
 
-    def __init__(self, patience: Patience, gpu: int | None = None) -> None:
+    def __init__(self, patience: Patience, gpu: str | None = None) -> None:
         self._patience = patience
         self._gpu = gpu
         self._process: subprocess.Popen[bytes] | None = None
@@ -154,7 +154,7 @@ class Supervised:
             self._pending = b""
             environment = dict(os.environ)
             if self._gpu is not None:
-                environment["CUDA_VISIBLE_DEVICES"] = str(self._gpu)
+                environment["CUDA_VISIBLE_DEVICES"] = self._gpu
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "unimodal.pipeline.worker"],
                 stdin=subprocess.PIPE,

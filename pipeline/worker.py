@@ -9,11 +9,13 @@ need no import of the caller's main module and carry nothing that must be unpick
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ class Step:
     reads: str = ""  # folder of the stage before it: watch; for match, embed
     captions: str = ""  # match: the caption stage's file
     model: bool = False  # it runs a network that wants a GPU where there is one
+    entry: str = ""  # "module:function" that does it; "" for the stages of curation
 
     def done(self, part: str) -> bool:
         """Whether the part was committed."""
@@ -48,7 +51,7 @@ class Job:
     steps: list[Step]
     sources: list[dict[str, Any]]  # fields of `Source`
     poison: dict[str, str] = field(default_factory=dict)  # "stage:thing": why not to touch it
-    threads: int = 1
+    threads: int = 1  # processors that it may use; the pool shares them out among its workers
     one_by_one: bool = False  # after a death, so that the culprit is known
 
     def text(self) -> str:
@@ -76,7 +79,10 @@ def _do_step(job: Job, step: Step, tell: Tell) -> None:
     folder, reads = Path(step.folder), Path(step.reads)
     own = f"{step.stage}:"
     poison = {k.removeprefix(own): why for k, why in job.poison.items() if k.startswith(own)}
-    if step.stage == "watch":
+    if step.entry:  # work of a room above this one, which is named and not imported
+        module, _, function = step.entry.partition(":")
+        getattr(importlib.import_module(module), function)(job, step, poison, tell)
+    elif step.stage == "watch":
         sources = [Source(**source) for source in job.sources]
         settings = WatchSettings.model_validate(step.settings)
         watch_part(job.part, sources, settings, folder, poison, tell, job.threads)
@@ -96,9 +102,9 @@ def _do_step(job: Job, step: Step, tell: Tell) -> None:
 def main() -> None:
     """Do the jobs that come in on standard input until it closes."""
     # Loaded before the first job, so that slow imports do not look like a stuck file.
-    import av  # noqa: F401
-    import cv2  # noqa: F401
-    import scenedetect  # noqa: F401
+    for library in ("av", "cv2", "scenedetect"):
+        with suppress(ImportError):  # who needs it says so
+            importlib.import_module(library)
 
     # Libraries that print would garble the events: they get standard error instead.
     events = os.fdopen(os.dup(1), "w", buffering=1)
@@ -110,8 +116,11 @@ def main() -> None:
             jobs.put(line)
         os._exit(0)  # whoever sent the jobs is gone: so is the reason to finish this one
 
+    turn = threading.Lock()  # a job may tell from several threads
+
     def send(**event: Any) -> None:
-        events.write(json.dumps(event) + "\n")
+        with turn:
+            events.write(json.dumps(event) + "\n")
 
     threading.Thread(target=read, daemon=True).start()
     tell = Tell(

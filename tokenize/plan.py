@@ -3,8 +3,9 @@
     kept clips  ->  windows (one sample each)  ->  units (one shard each)
 
 Everything here follows from clips.parquet and the settings alone. That is what makes a run
-resumable by shard and its bytes independent of interruptions: sizes, windows, batches and shard
-borders are all fixed before work begins.
+resumable by shard and its bytes independent of engines and interruptions: sizes, windows, batches
+and shard borders are all fixed before work begins. Clips come in batches, a million of them in
+the memory of a few thousand, and a unit can be planned again from the place where it begins.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,8 +27,9 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from unimodal.pipeline.clips import SPAN
-from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError
+from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError, full_disk
 from unimodal.pipeline.settings import Settings
+from unimodal.pipeline.supervise import Patience
 from unimodal.tokenize.document import block_length
 from unimodal.tokenize.shards import INDEX
 from unimodal.tokenize.vocabulary import Vocabulary
@@ -49,14 +52,24 @@ class TokenizeSettings(Settings):
     """Vision tokenizer: `small` (ships with the package) or a directory of weights."""
     vocabulary: str = "bytes"
     """`bytes`, `emu3:FILE`, the file of a text tokenizer, or a saved vocabulary."""
-    area: int = Field(default=256 * 256, ge=SPATIAL * SPATIAL)
-    """Pixels of a picture after resizing; the aspect is kept, sides become multiples of 8."""
+    area: int | None = Field(default=256 * 256, ge=SPATIAL * SPATIAL)
+    """Pixels of a picture after resizing; the aspect is kept, sides become multiples of 8. none:
+    the released processor's rule, a picture keeps its size between min_area and max_area."""
+    min_area: int = Field(default=512 * 512, ge=SPATIAL * SPATIAL)
+    """Fewest pixels where area is none; a smaller picture is enlarged."""
+    max_area: int = Field(default=1024 * 1024, ge=SPATIAL * SPATIAL)
+    """Most pixels where area is none; a larger picture is reduced."""
+    max_aspect: float = Field(default=5.0, ge=1)
+    """Long side over short side; pictures beyond it are left out (released processor: 5)."""
     fps: float = Field(default=8.0, gt=0, le=240)
     """Pictures per second that are taken from a video, by time stamp."""
     seconds: float = Field(default=5.0, gt=0)
     """Longest window of a video that becomes one sample."""
     max_tokens: int = Field(default=131_072, ge=16)
     """Longest document, without its caption: windows are shortened to fit. Default: Emu3's."""
+    joint: bool = False
+    """Let later groups of 4 pictures see the earlier ones of their window: other codes, which must
+    be decoded jointly too."""
     crop: bool = True
     """Cut letterbox bars off, by the box that curation measured."""
     shard_size: int = Field(default=512, ge=1)
@@ -65,11 +78,23 @@ class TokenizeSettings(Settings):
     """Images, or groups of 4 frames, that are encoded at once."""
     val_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of sources (not of clips) that go to the validation split."""
+    patience: Patience = Patience()
+    """When to give up on a file or on the run; no part of what the shards record."""
+
+    def recorded(self) -> dict[str, Any]:
+        """What the manifest keeps: all that decides which codes there are.
+
+        The tokenizer and the vocabulary are known by their digests; a path would say it of one
+        machine.
+        """
+        return self.model_dump(mode="json", exclude={"tokenizer", "vocabulary", "patience"})
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Emu3 (arXiv 2409.18869): pictures of about 512x512 pixels, 5 s at 24 fps in 131,072 tokens.
     "emu3": {"area": 512 * 512, "fps": 24.0, "seconds": 5.0, "max_tokens": 131_072},
+    # The image processor released with it: a picture keeps its size from 512x512 to 1024x1024.
+    "emu3-chat": {"area": None, "fps": 24.0, "seconds": 5.0, "max_tokens": 131_072},
 }
 
 
@@ -89,6 +114,7 @@ class Window:
     first: int = 0
     """Index of its first picture among those that `fps` takes from the clip."""
     pictures: int = 1
+    """Of a clip that has fewer than 4, the last is repeated to 4."""
     fps: Fraction | None = None
     """None for an image."""
 
@@ -109,11 +135,10 @@ class Window:
         if self.fps is None:
             return None, None
         start = Fraction(self.first) / self.fps
-        end = start + Fraction(self.pictures) / self.fps
-        offset = float(self.clip["start_s"] or 0)
         # The last picture stands for 1/fps seconds, of which the clip may hold only a part.
-        last = min(offset + float(end), self.clip["end_s"] or math.inf)
-        return round(offset + float(start), 6), round(last, 6)
+        end = min(start + Fraction(self.pictures) / self.fps, duration(self.clip))
+        offset = float(self.clip["start_s"] or 0)
+        return round(offset + float(start), 6), round(offset + float(end), 6)
 
 
 @dataclass(frozen=True)
@@ -124,6 +149,13 @@ class Unit:
     windows: list[Window]
     unfit: list[dict[str, str]]
     """Rows {uri, reason} of clips that cannot become samples."""
+    at: tuple[int, int, int] = (0, 0, 0)
+    """Where it begins: batch of clips, row in it, window of that clip."""
+
+    @property
+    def clips(self) -> int:
+        """Clips that begin in this unit, or are unfit."""
+        return sum(window.first == 0 for window in self.windows) + len(self.unfit)
 
     def digest(self, header: Mapping[str, Any]) -> str:
         """Names the result: all that the shard's bytes depend on, but for the media themselves.
@@ -146,95 +178,168 @@ class Unit:
         return state.hexdigest()
 
 
-def kept_clips(run_dir: Path, limit: int | None = None) -> pa.Table:
-    """Kept rows of a run's clips.parquet, in the order of tokenizing.
+BATCH = 1024
+"""Clips that are handed on at a time."""
+PACKED = pa.ipc.IpcWriteOptions(compression="lz4")
 
-    Clips of one source stand together, so that a video is read from front to back; sources are
-    in the order of their digests. `limit` takes only the first so many clips. Raises
-    `UnimodalError` if there is no run, or nothing in it was kept.
+
+@dataclass(frozen=True)
+class Clips:
+    """Kept rows of a run's clips.parquet in the order of tokenizing, each span once.
+
+    They are sorted on disk, in unnamed files by the first digits of the sources' digests.
     """
+
+    schema: pa.Schema
+    crowds: Mapping[str, IO[bytes]] = field(repr=False)
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        left = math.inf if self.limit is None else self.limit
+        for _, file in sorted(self.crowds.items()):
+            file.seek(0)
+            crowd = pa.ipc.open_stream(file).read_all()
+            order = [(name, "ascending") for name in ("source_sha256", "start_pts", "uid")]
+            crowd = crowd.sort_by(order).combine_chunks()
+            uids = crowd["uid"].combine_chunks()
+            if len(uids) > 1:  # the same span may be listed twice
+                new = pc.not_equal(uids[1:], uids[:-1]).to_pylist()
+                crowd = crowd.filter(pa.array([True, *new])).combine_chunks()
+            for batch in crowd.to_batches(max_chunksize=BATCH):
+                if left <= 0:
+                    return
+                yield batch.slice(0, min(len(batch), left))
+                left -= len(batch)
+
+
+def clips_file(run_dir: Path) -> Path:
+    """clips.parquet of a run; raises `UnimodalError` if there is none."""
     path = run_dir / "clips.parquet"
     if not path.is_file():
         raise UnimodalError(
             f"no clips at {run_dir} (there is no clips.parquet): make them with "
             f"unimodal curate MEDIA -o {run_dir}"
         )
+    return path
+
+
+def kept_clips(run_dir: Path, limit: int | None = None) -> Clips:
+    """The kept clips of a run.
+
+    Clips of one source stand together, so that a video is read from front to back; sources are
+    in the order of their digests. `limit` takes only the first so many clips. Raises
+    `UnimodalError` if there is no run, or nothing in it was kept.
+    """
+    path = clips_file(run_dir)
+    crowds: dict[str, IO[bytes]] = {}
+    sinks: dict[str, Any] = {}
+    rows = 0
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            there = file.schema_arrow
+            missing = [name for name in (*SPAN.names, "verdict") if name not in there.names]
+            if missing:
+                raise UnimodalError(f"{path} lacks {', '.join(missing)}: run unimodal curate again")
+            used = {*SPAN.names, "captions", "meta", *score_columns(there)}
+            schema = pa.schema([column for column in there if column.name in used])
+            for batch in file.iter_batches(1 << 16, columns=[*schema.names, "verdict"]):
+                rows += len(batch)
+                kept = batch.filter(pc.equal(batch["verdict"], "keep")).select(schema.names)
+                kept = kept.sort_by("source_sha256")
+                runs = pc.run_end_encode(pc.utf8_slice_codeunits(kept["source_sha256"], 0, 2))
+                start = 0
+                for end, crowd in zip(runs.run_ends.to_pylist(), runs.values, strict=True):
+                    name = crowd.as_py()
+                    if name not in sinks:
+                        crowds[name] = tempfile.TemporaryFile()  # noqa: SIM115 - kept open
+                        sinks[name] = pa.ipc.new_stream(crowds[name], schema, options=PACKED)
+                    sinks[name].write_batch(kept.slice(start, end - start))
+                    start = end
     except (OSError, pa.ArrowException) as error:
-        raise UnimodalError(
+        raise full_disk(error, tempfile.gettempdir()) or UnimodalError(
             f"{path} cannot be read ({error}): run unimodal curate again"
         ) from error
-    missing = [name for name in (*SPAN.names, "verdict") if name not in table.column_names]
-    if missing:
-        raise UnimodalError(f"{path} lacks {', '.join(missing)}: run unimodal curate again")
-    kept = table.filter(pc.equal(table["verdict"], "keep"))
-    if not len(kept):
+    for sink in sinks.values():
+        sink.close()
+    if not crowds:
         raise UnimodalError(
-            f"no clip of {run_dir} is kept ({len(table)} dropped): its column reasons says why; "
+            f"no clip of {run_dir} is kept ({rows} dropped): its column reasons says why; "
             "loosen a rule: unimodal curate … --set decide.RULE=none"
         )
-    used = {*SPAN.names, "captions", "meta", *score_columns(kept)}
-    kept = kept.select([name for name in kept.column_names if name in used])
-    order = [(name, "ascending") for name in ("source_sha256", "start_pts", "uid")]
-    return kept.sort_by(order).slice(0, limit)
+    return Clips(schema, crowds, limit)
 
 
-def score_columns(clips: pa.Table) -> list[str]:
+def score_columns(clips: pa.Schema) -> list[str]:
     """Measured columns, which ride along into the index: every float that is not the span's."""
     known = {*SPAN.names, *INDEX.names}
-    return [f.name for f in clips.schema if pa.types.is_floating(f.type) and f.name not in known]
+    return [f.name for f in clips if pa.types.is_floating(f.type) and f.name not in known]
 
 
 def units(
-    clips: pa.Table, settings: TokenizeSettings, vocabulary: Vocabulary, factor: int = SPATIAL
+    clips: Iterable[pa.RecordBatch],
+    settings: TokenizeSettings,
+    vocabulary: Vocabulary,
+    factor: int = SPATIAL,
+    number: int = 0,
+    skip: int = 0,
 ) -> Iterator[Unit]:
     """The work, shard by shard; a clip's windows stay in one shard unless they alone fill it.
 
-    `factor` is the vision tokenizer's: pixels along a side of one code.
+    `factor` is the vision tokenizer's: pixels along a side of one code. With the clips from where
+    a unit begins, its number, and `skip` windows of the first clip, it comes out once more.
     """
     if settings.seconds * settings.fps < TEMPORAL:
         raise UsageError(
             f"{settings.seconds:g} s at {settings.fps:g} fps are fewer than {TEMPORAL} pictures, "
             "which one latent frame needs: raise --fps, or --set seconds=…"
         )
-    number, codes, seen = 0, 0, ""
+    if settings.area is None and settings.min_area > settings.max_area:
+        raise UsageError(f"min_area {settings.min_area} is over max_area {settings.max_area}")
+    codes, at = 0, (0, 0, skip)
     todo: list[Window] = []
     unfit: list[dict[str, str]] = []
-    for batch in clips.to_batches(max_chunksize=4096):
-        for row in batch.to_pylist():
-            if row["uid"] == seen:  # the same span listed twice
-                continue
-            seen = row["uid"]
+    for b, batch in enumerate(clips):
+        for r, row in enumerate(batch.to_pylist()):
             try:
                 found = windows(row, settings, vocabulary, factor)
             except MediaError as error:
                 unfit.append({"uri": row["uri"], "reason": error.reason})
                 continue
-            for position, window in enumerate(found):
+            for position, window in enumerate(found[skip:], skip):
                 full = len(todo) >= settings.shard_size or codes >= MAX_SHARD_CODES
                 whole = len(todo) + len(found) <= settings.shard_size
                 if full or (position == 0 and todo and not whole):
-                    yield Unit(number, todo, unfit)
-                    number, codes, todo, unfit = number + 1, 0, [], []
+                    yield Unit(number, todo, unfit, at)
+                    number, codes, at, todo, unfit = number + 1, 0, (b, r, position), [], []
                 todo.append(window)
                 codes += window.codes
+            skip = 0
     if todo or unfit:
-        yield Unit(number, todo, unfit)
+        yield Unit(number, todo, unfit, at)
 
 
 def estimate(
-    clips: pa.Table, settings: TokenizeSettings, vocabulary: Vocabulary, factor: int = SPATIAL
+    clips: Iterable[pa.RecordBatch],
+    settings: TokenizeSettings,
+    vocabulary: Vocabulary,
+    factor: int = SPATIAL,
 ) -> dict[str, int]:
-    """What tokenizing would make, as counts; `tokens` are those of vision blocks, not captions."""
-    total = dict.fromkeys(("shards", "images", "windows", "vision_codes", "tokens", "unfit"), 0)
+    """What tokenizing would make, as counts; `tokens` are those of vision blocks, not captions.
+
+    `disk_bytes` counts codes and what a tar adds to them, with 1 KiB for a sample's metadata.
+    """
+    names = ("shards", "clips", "images", "windows", "vision_codes", "tokens", "unfit")
+    total = dict.fromkeys((*names, "disk_bytes"), 0)
+    size = 2 if vocabulary.codebook_size <= 1 << 16 else 4
     for unit in units(clips, settings, vocabulary, factor):
         total["shards"] += 1
+        total["clips"] += unit.clips
         total["unfit"] += len(unit.unfit)
         for window in unit.windows:
             total["images" if window.fps is None else "windows"] += 1
             total["vision_codes"] += window.codes
             total["tokens"] += window.block_length(vocabulary)
+            total["disk_bytes"] += size * window.codes + 2560
     return total
 
 
@@ -245,7 +350,7 @@ def windows(
     factor: int = SPATIAL,
 ) -> list[Window]:
     """The samples that one clip becomes; raises `MediaError` if it can become none."""
-    from unimodal.tokenize.vision.pixels import MAX_ASPECT, area_size
+    from unimodal.tokenize.vision.pixels import area_size, smart_size
 
     if not _UID.fullmatch(row["uid"]):
         raise MediaError(f"its uid {row['uid'][:80]!r} cannot name a sample")
@@ -254,11 +359,18 @@ def windows(
         raise MediaError("its size is not known")
     box = _box(row, width, height) if settings.crop else None
     shown: tuple[int, int] = (box[3] - box[1], box[2] - box[0]) if box else (height, width)
-    if max(shown) > MAX_ASPECT * min(shown):
+    if min(shown) < factor:
+        raise MediaError(f"{shown[1]}x{shown[0]} pixels: a side is under {factor}, one code's own")
+    if max(shown) > settings.max_aspect * min(shown):
         raise MediaError(
-            f"{shown[1]}x{shown[0]} pixels are more than {MAX_ASPECT:g} times as long as wide"
+            f"{shown[1]}x{shown[0]} pixels are more than {settings.max_aspect:g} times as long as "
+            "wide (max_aspect)"
         )
-    size = area_size(*shown, settings.area, factor)
+    if settings.area is not None:
+        size = area_size(*shown, settings.area, factor)
+    else:
+        bounds = (settings.min_area, settings.max_area)
+        size = smart_size(*shown, *bounds, factor, settings.max_aspect)
     grid = (size[0] // factor, size[1] // factor)
     if row["kind"] == "image":
         length = 2 + block_length(vocabulary, *grid)
@@ -267,7 +379,7 @@ def windows(
         return [Window(row["uid"], row, size, grid, box)]
 
     fps = Fraction(str(settings.fps))
-    count = math.ceil(_duration(row) * fps)  # pictures at 0, 1/fps, 2/fps, ... before the end
+    count = picture_count(row, fps)
     most = math.floor(Fraction(str(settings.seconds)) * fps) // TEMPORAL
     while most and 2 + block_length(vocabulary, *grid, most, float(fps)) > settings.max_tokens:
         most -= 1
@@ -277,14 +389,9 @@ def windows(
     found: list[Window] = []
     for first in range(0, count, most * TEMPORAL):
         pictures = min(count - first, most * TEMPORAL) // TEMPORAL * TEMPORAL
-        if pictures:
+        if pictures or not first:
             key = f"{row['uid']}-{len(found):04d}"
-            found.append(Window(key, row, size, grid, box, first, pictures, fps))
-    if not found:
-        raise MediaError(
-            f"too short: {count} pictures at {settings.fps:g} fps, and {TEMPORAL} make one frame "
-            "of codes"
-        )
+            found.append(Window(key, row, size, grid, box, first, pictures or TEMPORAL, fps))
     return found
 
 
@@ -335,16 +442,21 @@ def _box(row: Mapping[str, Any], width: int, height: int) -> tuple[int, int, int
     return None if (x0, y0, x1, y1) == (0, 0, width, height) else (x0, y0, x1, y1)
 
 
-def _duration(row: Mapping[str, Any]) -> Fraction:
-    """Seconds, exactly."""
+def picture_count(row: Mapping[str, Any], fps: Fraction) -> int:
+    """Pictures that `fps` takes from a video's clip: at 0, 1/fps, 2/fps, ... before the end."""
+    return math.ceil(duration(row) * fps)
+
+
+def duration(row: Mapping[str, Any]) -> Fraction:
+    """Seconds of a video's clip, exactly; raises `MediaError`."""
     try:
         base = Fraction(row["time_base"])
-        duration = (row["end_pts"] - row["start_pts"]) * base
+        length = (row["end_pts"] - row["start_pts"]) * base
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise MediaError("its span has no time stamps") from error
-    if duration <= 0 or base <= 0:
+    if length <= 0 or base <= 0:
         raise MediaError("its span is empty")
-    return duration
+    return length
 
 
 def _too_long(size: tuple[int, int], length: int, settings: TokenizeSettings) -> str:

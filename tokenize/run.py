@@ -1,65 +1,40 @@
-"""From a curated run to shards: decode, crop, resize, encode, write; one unit after another.
+"""From a curated run to shards: the plan, who does it, and what came of it.
 
-    run/clips.parquet -> plan.units -> pixels -> vision tokenizer -> shards/
+    run/clips.parquet -> plan.units -> jobs for an engine (unit.do_unit) -> shards/
 
-A unit is one shard. Its batches are fixed by the plan, so that a run that was killed and resumed
-writes the same bytes as one that was not. A clip that cannot be read is noted in the shard's own
-index and collected in quarantine.parquet; the rest goes on.
+A unit is one shard, and a job of `unimodal.pipeline.engine`: the same bytes come out in this
+process, in a pool or on Ray. Workers write tars and their indices; the manifest and the quarantine
+are written here. Batches are fixed by the plan, so that a run that was killed and resumed writes
+the same bytes as one that was not.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
-from itertools import groupby
+import hashlib
+import secrets
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+import pyarrow as pa
 
-from unimodal.pipeline.errors import MediaError
+from unimodal.pipeline.engine import choose, run_jobs
+from unimodal.pipeline.errors import UnimodalError, UsageError, full_disk
+from unimodal.pipeline.files import atomic
 from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.progress import Progress
-from unimodal.tokenize.plan import (
-    TEMPORAL,
-    TokenizeSettings,
-    Unit,
-    Window,
-    kept_clips,
-    score_columns,
-    split_of,
-    units,
-    window_captions,
-)
-from unimodal.tokenize.shards import Sample, Shards, ShardWriter, check_ours
+from unimodal.pipeline.supervise import Patience
+from unimodal.pipeline.tell import Tell
+from unimodal.pipeline.worker import Job, Step
+from unimodal.tokenize.device import usable
+from unimodal.tokenize.plan import PACKED, Clips, TokenizeSettings, clips_file, kept_clips, units
+from unimodal.tokenize.shards import Shards, ShardWriter, check_ours, shard_paths
+from unimodal.tokenize.unit import KEPT, PLAN, STAGE, Setup, VisionTokenizer
+from unimodal.tokenize.unit import exact_arithmetic as _exact_arithmetic  # noqa: F401
+from unimodal.tokenize.unit import image_pixels, video_pixels  # noqa: F401
 from unimodal.tokenize.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["TokenizeSettings", "tokenize"]
-
-
-class VisionTokenizer(Protocol):
-    """What this stage needs of `unimodal.tokenize.vision.tokenizer.VisionTokenizer`."""
-
-    @property
-    def codebook_size(self) -> int: ...
-
-    @property
-    def spatial_factor(self) -> int: ...
-
-    @property
-    def digest(self) -> str: ...
-
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 [B, T, 3, H, W] in [-1, 1] (T = 1: images) -> codes [B, T', H/8, W/8]."""
-        ...
-
-    def save(self, directory: Path) -> None: ...
 
 
 def tokenize(
@@ -68,51 +43,65 @@ def tokenize(
     settings: TokenizeSettings,
     *,
     tokenizer: VisionTokenizer | None = None,
+    engine: str = "auto",
+    workers: int | None = None,
+    address: str | None = None,
     progress: Progress | None = None,
     limit: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
+    retry_quarantined: bool = False,
 ) -> Shards:
     """Tokenize the kept clips of `run_dir` into shards at `out`, and open them.
 
-    Shards that are already there for the same clips and settings are not made again, except to
-    pick up clips that could not be read then and can be now. `limit` takes only the first so
-    many clips. Raises `UnimodalError` if there is nothing to do, or `out` holds shards of
-    another tokenizer, vocabulary or settings.
+    Shards that are already there for the same clips and settings are not made again;
+    `retry_quarantined` does those again from which a clip was left out that could not be read.
+    `limit` takes only the first so many clips. `engine` is auto, inline, local or ray, with
+    `workers` processes and, for Ray, a cluster `address`; where there are GPUs and `device` is
+    auto or cuda, each gets a process. Raises `UnimodalError` if there is nothing to do, if `out`
+    holds shards of another tokenizer, vocabulary or settings, or if the run cannot go on.
 
-    `tokenizer` replaces the one that the settings name, and stays on the device where it is;
-    `device` is where a named one is loaded.
+    `tokenizer` replaces the one that the settings name, in this process: it stays on the device
+    where it is.
     """
     progress = progress or Progress()
+    driver = driver_of(engine, address, device) if tokenizer is None else "inline"
+    out = out.absolute()
     check_ours(out)
-    clips = kept_clips(run_dir, limit)
+    with clips_file(run_dir).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    made_of = hashlib.sha256(f"{digest} {limit}".encode()).hexdigest()
     if tokenizer is None:
         from unimodal.tokenize.vision.tokenizer import VisionTokenizer as Trained
 
-        tokenizer = Trained.load(settings.tokenizer, device)
+        # Workers load the copy in `out`; here it is only looked at, unless all is done here.
+        where = usable(device) if driver == "inline" else "cpu"
+        tokenizer = Trained.load(settings.tokenizer, where)
     vocabulary = Vocabulary.named(settings.vocabulary, tokenizer.codebook_size)
-    # Which tokenizer and vocabulary is said by their digests; a path would say it of one machine.
-    recorded = settings.model_dump(mode="json", exclude={"tokenizer", "vocabulary"})
-    scores = score_columns(clips)
-    with run_lock(out, progress), _exact_arithmetic():
-        writer = ShardWriter(out, tokenizer, vocabulary, recorded, scores)
-        work = _Work(tokenizer, vocabulary, settings, scores, progress)
-        progress.begin("tokenize", len(clips), "clips")
-        count = resumed = 0
-        for unit in units(clips, settings, vocabulary, tokenizer.spatial_factor):
-            count += 1
-            digest = unit.digest(writer.header)
-            if writer.has(unit.number, digest) and not _mended(unit, writer.lost(unit.number)):
-                resumed += 1
-                progress.advance("tokenize", len({w.clip["uid"] for w in unit.windows}))
+    with run_lock(out, progress):
+        try:
+            writer = ShardWriter(out, tokenizer, vocabulary, settings.recorded())
+            shards = None if retry_quarantined else writer.complete(made_of)
+            if shards is not None:
+                progress.note("all shards were there already")
             else:
-                samples, lost = work.samples(unit)
-                writer.write(unit.number, digest, samples, lost)
-            progress.advance("tokenize", len(unit.unfit))
-        shards = writer.finish(count)
-        progress.end("tokenize")
+                clips = kept_clips(run_dir, limit)
+                plan = _Plan(out, writer, settings, vocabulary, tokenizer.spatial_factor)
+                plan.make(clips, retry_quarantined, device)
+                if driver == "inline":
+                    KEPT[plan.run] = Setup.load(out, device, tokenizer)
+                del tokenizer  # a gigabyte that nobody needs beside the workers
+                seconds = _do(plan, driver, workers, address, settings.patience, progress)
+                (out / PLAN).unlink()
+                shards = writer.finish(plan.count, made_of)
+                if plan.jobs:
+                    codes = sum(writer.codes[number] for number in plan.numbers)
+                    done = sum(plan.clips.values())
+                    shards.rates = {"clips/s": done / seconds, "codes/s": codes / seconds}
+                if resumed := plan.count - len(plan.jobs):
+                    progress.note(f"{resumed} of {plan.count} shards were there already")
+        except OSError as error:
+            raise full_disk(error, out) or error from error
     totals = shards.manifest["totals"]
-    if resumed:
-        progress.note(f"{resumed} of {count} shards were there already")
     if totals["quarantined"]:
         why = out / "quarantine.parquet"
         progress.note(f"{totals['quarantined']} clips were left out: {why} says why")
@@ -121,210 +110,113 @@ def tokenize(
     return shards
 
 
-@dataclass
-class _Work:
-    """What every unit of one run shares."""
-
-    tokenizer: VisionTokenizer
-    vocabulary: Vocabulary
-    settings: TokenizeSettings
-    scores: Sequence[str]
-    progress: Progress
-
-    def samples(self, unit: Unit) -> tuple[list[Sample], list[dict[str, str]]]:
-        """Samples of a unit, and rows {uri, reason} of the clips that gave none."""
-        samples: list[Sample] = []
-        lost = list(unit.unfit)
-        # Images of one size share a batch; none is cropped, stretched or padded to fit one.
-        images = sorted((w for w in unit.windows if w.fps is None), key=lambda w: (w.size, w.key))
-        for _, same in groupby(images, key=lambda w: w.size):
-            for batch in _batches(list(same), self.settings.batch):
-                read: list[tuple[Window, np.ndarray]] = []
-                for window in batch:
-                    try:
-                        read.append((window, image_pixels(window)))
-                    except (MediaError, OSError) as error:
-                        lost.append(_lost(window, error))
-                if read:
-                    codes = self.encode(np.stack([pixels for _, pixels in read])[:, None])
-                    samples += [self.sample(w, c) for (w, _), c in zip(read, codes, strict=True)]
-                self.progress.advance("tokenize", len(batch))
-
-        videos = [w for w in unit.windows if w.fps is not None]
-        for _, same in groupby(videos, key=lambda w: w.clip["uid"]):
-            clip = list(same)
-            whole: list[Sample] = []
-            try:
-                for window, pixels in zip(clip, video_pixels(clip), strict=True):
-                    # Groups of 4 pictures are encoded each by itself, so they share batches too.
-                    groups = pixels.reshape(-1, TEMPORAL, *pixels.shape[1:])
-                    whole.append(self.sample(window, self.encode(groups)[:, 0]))
-                samples += whole
-            except (MediaError, OSError) as error:
-                lost.append(_lost(clip[0], error))
-            self.progress.advance("tokenize")
-        return samples, lost
-
-    def encode(self, pictures: np.ndarray) -> np.ndarray:
-        """uint8 [N, T, H, W, 3] with T = 1 (image) or 4 -> codes int64 [N, 1, H/8, W/8].
-
-        In float32 and contiguous: channels-last pixels flip about one code in 4096.
-        """
-        import torch
-
-        from unimodal.tokenize.vision.pixels import to_pixels
-
-        with torch.inference_mode():
-            batches = _batches(pictures, self.settings.batch)
-            codes = [self.tokenizer.encode(to_pixels(batch)).cpu().numpy() for batch in batches]
-        return np.concatenate(codes)
-
-    def sample(self, window: Window, codes: np.ndarray) -> Sample:
-        """The window with its codes [T, H/8, W/8] and everything that is known of its clip."""
-        clip = window.clip
-        start, end = window.span()
-        captions = [
-            {**caption, "tokens": len(self.vocabulary.text.encode(caption["text"]))}
-            for caption in window_captions(window)
-        ]
-        return Sample(
-            key=window.key,
-            uid=clip["uid"],
-            kind=clip["kind"],
-            codes=codes,
-            split=split_of(clip["source_sha256"], self.settings.val_fraction),
-            source_sha256=clip["source_sha256"],
-            fps=None if window.fps is None else float(window.fps),
-            start_s=start,
-            end_s=end,
-            captions=captions,
-            scores={name: _finite(clip[name]) for name in self.scores},
-            meta=dict(clip.get("meta") or []),
-        )
+def driver_of(engine: str, address: str | None, device: str) -> str:
+    """The engine that runs; raises `UsageError` for a device that is not there or not for it."""
+    driver = choose(engine, address)
+    if ":" in device and driver != "inline":  # one certain GPU
+        if engine != "auto":
+            raise UsageError(
+                f"--device {device} is one GPU of this machine: with --engine {driver} say "
+                "--device cuda, and each process gets its own"
+            )
+        driver = "inline"
+    if driver != "ray" and device not in ("auto", "cpu"):
+        usable(device)
+    return driver
 
 
-def image_pixels(window: Window) -> np.ndarray:
-    """The image of a window, cropped and resized: uint8 RGB [H, W, 3]. Raises `MediaError`."""
-    from unimodal.pipeline.media import read_image
+class _Plan:
+    """The units of a run, and the jobs for those that are not done."""
 
-    return _fit(read_image(window.clip["uri"]), window)
+    def __init__(
+        self,
+        out: Path,
+        writer: ShardWriter,
+        settings: TokenizeSettings,
+        vocabulary: Vocabulary,
+        factor: int,
+    ) -> None:
+        self.out, self.writer = out, writer
+        self.settings, self.vocabulary, self.factor = settings, vocabulary, factor
+        self.run = secrets.token_hex(8)
+        self.count = 0  # units
+        self.there = 0  # clips of units that are done
+        self.jobs: list[Job] = []
+        self.numbers: list[int] = []  # units of the jobs
+        self.clips: dict[str, int] = {}  # of each job, by its part
 
-
-def video_pixels(windows: Sequence[Window]) -> Iterator[np.ndarray]:
-    """Pictures of the windows of one clip, one window after another: uint8 RGB [F, H, W, 3].
-
-    The clip is decoded once, front to back. Raises `MediaError`.
-    """
-    from unimodal.pipeline.media import iter_frames
-
-    clip = windows[0].clip
-    tick = Fraction(clip["time_base"])
-    times = [
-        clip["start_pts"] + Fraction(window.first + i) / window.fps / tick
-        for window in windows
-        if window.fps is not None
-        for i in range(window.pictures)
-    ]
-    frames = iter_frames(clip["uri"], clip["start_pts"], clip["end_pts"])
-    shown = resample(frames, times, clip.get("frames"))
-    for window in windows:
-        pictures = np.empty((window.pictures, *window.size, 3), np.uint8)
-        last: np.ndarray | None = None
-        for i in range(window.pictures):
-            frame = next(shown)
-            # A slow video shows a frame more than once; it is resized once.
-            pictures[i] = pictures[i - 1] if frame is last and i else _fit(frame, window)
-            last = frame
-        yield pictures
-
-
-def resample(
-    frames: Iterable[tuple[int, np.ndarray]],
-    times: Sequence[Fraction],
-    expected: int | None = None,
-) -> Iterator[np.ndarray]:
-    """What is on screen at each of `times` (rising, in ticks): the last frame not after it.
-
-    `frames` are (pts, picture) in order; before the first, the first shows. Raises `MediaError`
-    if frames end early: less than 90 % of the `expected` number came although more were due.
-    """
-    shown: np.ndarray | None = None
-    done = came = 0
-    for pts, picture in frames:
-        came += 1
-        while shown is not None and done < len(times) and times[done] < pts:
-            yield shown
-            done += 1
-        if done == len(times):
-            return
-        shown = picture
-    if shown is None:
-        raise MediaError("no frame of its span can be decoded")
-    if expected is not None and came < 0.9 * expected:
-        raise MediaError(f"only {came} of its {expected} frames can be decoded")
-    for _ in range(done, len(times)):
-        yield shown
-
-
-def _fit(picture: np.ndarray, window: Window) -> np.ndarray:
-    """Crop and resize one picture [H, W, 3] as its window says."""
-    from unimodal.tokenize.vision.pixels import resize
-
-    height, width = picture.shape[:2]
-    if (width, height) != (window.clip["width"], window.clip["height"]):
-        raise MediaError(
-            f"it is {width}x{height} pixels now and was {window.clip['width']}x"
-            f"{window.clip['height']}: it changed since unimodal curate, run that again"
-        )
-    if window.box is not None:
-        x0, y0, x1, y1 = window.box
-        picture = np.ascontiguousarray(picture[y0:y1, x0:x1])
-    return resize(picture, window.size)
-
-
-def _mended(unit: Unit, lost: Sequence[dict[str, str]]) -> bool:
-    """Whether a clip that a finished unit had to leave out can be read now."""
-    uris = {row["uri"] for row in lost} - {row["uri"] for row in unit.unfit}
-    for uri in sorted(uris):
-        clip = [window for window in unit.windows if window.clip["uri"] == uri]
-        try:
-            for _, same in groupby(clip, key=lambda w: w.clip["uid"]):
-                todo = list(same)
-                if todo[0].fps is None:
-                    image_pixels(todo[0])
-                else:
-                    for _ in video_pixels(todo):
-                        pass
-            return True
-        except (MediaError, OSError):
-            continue
-    return False
-
-
-@contextmanager
-def _exact_arithmetic() -> Iterator[None]:
-    """fp32 as it is, the same way every time: no TF32 and no autotuning, which flip codes."""
-    import torch
-
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    def make(self, clips: Clips, retry: bool, device: str) -> None:
+        """Write the clips in order for the workers, and find out what is to be done."""
+        with (
+            atomic(self.out / PLAN) as temporary,
+            pa.ipc.new_file(temporary, clips.schema, options=PACKED) as file,
         ):
-            yield
+
+            def written() -> Iterator[pa.RecordBatch]:
+                for batch in clips:
+                    file.write_batch(batch)
+                    yield batch
+
+            for unit in units(written(), self.settings, self.vocabulary, self.factor):
+                self.count += 1
+                if self.writer.has(unit.number, unit.digest(self.writer.header)) and not (
+                    retry and self.writer.lost(unit.number) != unit.unfit
+                ):
+                    self.there += unit.clips
+                    continue
+                part = shard_paths(self.out, unit.number)[0].stem
+                facts = {"run": self.run, "number": unit.number, "at": unit.at, "device": device}
+                entry = "unimodal.tokenize.unit:do_unit"
+                step = Step(STAGE, str(self.out), facts, model=device != "cpu", entry=entry)
+                self.jobs.append(Job(part, [step], [], threads=0))
+                self.numbers.append(unit.number)
+                self.clips[part] = unit.clips
+        if self.jobs:
+            self.writer.begin(self.numbers)
+
+
+def _do(
+    plan: _Plan,
+    driver: str,
+    workers: int | None,
+    address: str | None,
+    patience: Patience,
+    progress: Progress,
+) -> float:
+    """Have the engine do the jobs; returns the seconds that it took."""
+    progress.begin(STAGE, plan.there + sum(plan.clips.values()), "clips")
+    progress.advance(STAGE, plan.there)
+    told: dict[str, int] = {}  # things of each part: one that is tried again tells of them again
+    seen = failed = 0
+
+    def done(stage: str, thing: str, why: str) -> None:
+        nonlocal seen, failed
+        part, _, position = thing.partition("#")
+        if int(position) < told.get(part, 0):
+            return
+        told[part] = int(position) + 1
+        if told[part] <= plan.clips[part]:  # the first may have begun in the unit before
+            progress.advance(STAGE)
+        seen += 1
+        failed += bool(why)
+        if failed >= patience.failures_least and failed > patience.failures * seen:
+            raise UnimodalError(
+                f"stopped: {failed} of the first {seen} clips could not be read, the last one "
+                f"because of: {why}. If a disk or a network was away, run the same command with "
+                "--retry-quarantined; if these files are just broken, with "
+                "--set patience.failures=1"
+            )
+
+    begun = time.monotonic()
+    try:
+        run_jobs(plan.jobs, driver, Tell(done=done), patience, workers, address)
     finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-def _batches(items: Any, size: int) -> Iterator[Any]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _lost(window: Window, error: Exception) -> dict[str, str]:
-    reason = error.reason if isinstance(error, MediaError) else str(error)
-    return {"uri": window.clip["uri"], "reason": reason}
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
+        KEPT.pop(plan.run, None)
+        progress.end(STAGE)
+    lost = [job.part for job in plan.jobs if not job.steps[0].done(job.part)]
+    if lost:
+        raise UnimodalError(
+            f"{plan.out}: {len(lost)} shards were made but are not to be seen here; with several "
+            "machines, it must be on storage that all of them share"
+        )
+    return time.monotonic() - begun

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unimodal.pipeline.clips import QUARANTINE, write_parquet
+from unimodal.pipeline.clips import QUARANTINE, read_parquet, write_parquet
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.files import atomic
 from unimodal.tokenize.vocabulary import Vocabulary
@@ -123,8 +123,9 @@ class ShardWriter:
         scores: Sequence[str] = (),
     ) -> None:
         self.out = out
-        self.schema = pa.schema([*INDEX, *(pa.field(name, pa.float64()) for name in scores)])
-        self.dtype = np.dtype("<u2" if tokenizer.codebook_size <= 1 << 16 else "<u4")
+        self.scores = scores
+        self.codes: list[int] = []
+        """Vision codes of each shard; known when finished."""
         self.header: dict[str, Any] = {
             "format": FORMAT,
             "vision_tokenizer": {
@@ -152,7 +153,7 @@ class ShardWriter:
 
     def has(self, number: int, digest: str) -> bool:
         """Whether shard `number` is there, and is the result of unit `digest`."""
-        tar, index = self._paths(number)
+        tar, index = shard_paths(self.out, number)
         if not (tar.is_file() and index.is_file()):
             return False
         try:
@@ -163,7 +164,14 @@ class ShardWriter:
 
     def lost(self, number: int) -> list[dict[str, str]]:
         """Rows {uri, reason} of what finished shard `number` had to leave out."""
-        return list(_unit(self._paths(number)[1])["quarantine"])
+        return list(_unit(shard_paths(self.out, number)[1])["quarantine"])
+
+    def begin(self, numbers: Iterable[int]) -> None:
+        """From here on the directory is unfinished, and these shards are to be written."""
+        if json.loads((self.out / "manifest.json").read_text())["state"] != "writing":
+            self._write_manifest({"state": "writing"})
+        for number in numbers:
+            shard_paths(self.out, number)[1].unlink(missing_ok=True)
 
     def write(
         self,
@@ -172,46 +180,45 @@ class ShardWriter:
         samples: Iterable[Sample],
         quarantine: Sequence[Mapping[str, str]] = (),
     ) -> None:
-        """Write one shard: the tar, then its index, which is the commit mark.
+        """Write one shard here and now, see `write_shard`."""
+        self.begin([number])
+        write_shard(self.out, number, self.header, self.scores, digest, samples, quarantine)
 
-        `quarantine` are rows {uri, reason} of what this unit could not tokenize.
-        """
-        if json.loads((self.out / "manifest.json").read_text())["state"] != "writing":
-            self._write_manifest({"state": "writing"})
-        tar, index = self._paths(number)
-        index.unlink(missing_ok=True)  # an index never stands beside another tar than its own
-        rows = []
-        with atomic(tar) as temporary, temporary.open("wb") as file:
-            for sample in sorted(samples, key=lambda sample: sample.key):
-                rows.append(self._add(file, sample, tar.name))
-            file.write(bytes(2 * tarfile.BLOCKSIZE))
-            size = file.tell()
-        unit = {"digest": digest, "tar_bytes": size, "quarantine": [dict(q) for q in quarantine]}
-        table = pa.Table.from_pylist(rows, schema=self.schema)
-        write_parquet(table, index, {"unimodal": json.dumps(unit, sort_keys=True)})
+    def complete(self, made_of: str) -> Shards | None:
+        """The shards, if they are finished and were made of the same."""
+        manifest = _manifest(self.out)
+        if manifest["state"] != "complete" or manifest.get("made_of") != made_of:
+            return None
+        try:
+            return Shards.open(self.out)
+        except UnimodalError:  # a shard is gone or cut: it is made again
+            return None
 
-    def finish(self, count: int) -> Shards:
+    def finish(self, count: int, made_of: str = "") -> Shards:
         """Make the directory of shards 0..count-1 complete and open it.
 
-        Shards of an earlier, longer run are removed. Nothing is touched if all is as it was.
-        Raises `UnimodalError` if there is not a single sample.
+        `made_of` is the digest of what they were made of, for `complete`. Shards of an earlier,
+        longer run are removed. Nothing is touched if all is as it was. Raises `UnimodalError` if
+        there is not a single sample.
         """
         for path in sorted(self.out.glob("shard-*")):
             digits = path.stem.removeprefix("shard-")
             if path.suffix in (".tar", ".parquet") and digits.isdigit() and int(digits) >= count:
                 path.unlink()
         shards, totals, lost = [], {"samples": 0, "train": 0, "val": 0, "vision_codes": 0}, []
+        self.codes = []
         for number in range(count):
-            tar, index = self._paths(number)
+            tar, index = shard_paths(self.out, number)
             unit = _unit(index)
             lost += unit["quarantine"]
-            rows = pq.read_table(index, columns=["split", "frames", "height", "width"])
-            codes = sum(r["frames"] * r["height"] * r["width"] for r in rows.to_pylist())
+            rows = read_parquet(index, columns=["split", "frames", "height", "width"])
+            sizes = [rows[name].to_numpy().astype(np.int64) for name in rows.column_names[1:]]
+            self.codes.append(int((sizes[0] * sizes[1] * sizes[2]).sum()))
             splits = rows["split"].to_pylist()
             totals["samples"] += len(splits)
             totals["train"] += splits.count("train")
             totals["val"] += splits.count("val")
-            totals["vision_codes"] += codes
+            totals["vision_codes"] += self.codes[-1]
             shards.append({"name": tar.name, "samples": len(splits), "bytes": unit["tar_bytes"]})
         lost = [{"stage": "tokenize", **row} for row in lost]
         write_parquet(
@@ -223,45 +230,9 @@ class ShardWriter:
                 + (f" (first: {lost[0]['reason']})" if lost else "")
             )
         totals["quarantined"] = len(lost)
-        self._write_manifest({"state": "complete", "shards": shards, "totals": totals})
+        rest = {"state": "complete", "shards": shards, "totals": totals}
+        self._write_manifest(rest | ({"made_of": made_of} if made_of else {}))
         return Shards.open(self.out)
-
-    def _add(self, file: io.BufferedWriter, sample: Sample, shard: str) -> dict[str, Any]:
-        """Append the two members of a sample; returns its index row."""
-        if not _KEY.fullmatch(sample.key):
-            raise ValueError(f"{sample.key!r} cannot be a sample key")
-        codes = np.asarray(sample.codes)
-        if codes.ndim != 3 or codes.dtype.kind not in "iu" or not codes.size:
-            raise ValueError(f"codes of {sample.key} are {codes.dtype} {codes.shape}")
-        if codes.min() < 0 or codes.max() >= self.header["vision_tokenizer"]["codebook_size"]:
-            raise ValueError(f"codes of {sample.key} are outside the codebook")
-        frames, height, width = codes.shape
-        row = {
-            "key": sample.key,
-            "uid": sample.uid,
-            "kind": sample.kind,
-            "frames": frames,
-            "height": height,
-            "width": width,
-            "fps": sample.fps,
-            "start_s": sample.start_s,
-            "end_s": sample.end_s,
-            "split": sample.split,
-            "source_sha256": sample.source_sha256,
-            "captions": [dict(caption) for caption in sample.captions],
-        }
-        record = row | {"scores": dict(sample.scores), "meta": dict(sample.meta)}
-        text = json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        _member(file, f"{sample.key}.json", text.encode())
-        npy = io.BytesIO()
-        np.lib.format.write_array(npy, codes.astype(self.dtype), (1, 0), allow_pickle=False)
-        offset = _member(file, f"{sample.key}.vision.npy", npy.getvalue())
-        place = {"shard": shard, "offset": offset, "nbytes": npy.tell()}
-        return row | dict(sample.scores) | place
-
-    def _paths(self, number: int) -> tuple[Path, Path]:
-        stem = self.out / f"shard-{number:05d}"
-        return stem.with_suffix(".tar"), stem.with_suffix(".parquet")
 
     def _write_manifest(self, rest: Mapping[str, Any]) -> None:
         text = json.dumps(self.header | dict(rest), indent=2, sort_keys=True) + "\n"
@@ -291,12 +262,82 @@ class ShardWriter:
             )
 
 
+def shard_paths(out: Path, number: int) -> tuple[Path, Path]:
+    """Tar and index of a shard."""
+    tar = out / f"shard-{number:05d}.tar"
+    return tar, tar.with_suffix(".parquet")
+
+
+def write_shard(
+    out: Path,
+    number: int,
+    header: Mapping[str, Any],
+    scores: Sequence[str],
+    digest: str,
+    samples: Iterable[Sample],
+    quarantine: Sequence[Mapping[str, str]] = (),
+) -> None:
+    """Write one shard: the tar, then its index, which is the commit mark.
+
+    `header` is the manifest's, `scores` name the columns behind those of `INDEX`, `digest` is the
+    unit's; `quarantine` are rows {uri, reason} of what it could not tokenize.
+    """
+    tar, index = shard_paths(out, number)
+    index.unlink(missing_ok=True)  # an index never stands beside another tar than its own
+    rows, codebook = [], int(header["vision_tokenizer"]["codebook_size"])
+    with atomic(tar) as temporary, temporary.open("wb") as file:
+        for sample in sorted(samples, key=lambda sample: sample.key):
+            rows.append(_add(file, sample, tar.name, codebook))
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+        size = file.tell()
+    unit = {"digest": digest, "tar_bytes": size, "quarantine": [dict(q) for q in quarantine]}
+    schema = pa.schema([*INDEX, *(pa.field(name, pa.float64()) for name in scores)])
+    table = pa.Table.from_pylist(rows, schema=schema)
+    write_parquet(table, index, {"unimodal": json.dumps(unit, sort_keys=True)})
+
+
+def _add(file: io.BufferedWriter, sample: Sample, shard: str, codebook: int) -> dict[str, Any]:
+    """Append the two members of a sample; returns its index row."""
+    if not _KEY.fullmatch(sample.key):
+        raise ValueError(f"{sample.key!r} cannot be a sample key")
+    codes = np.asarray(sample.codes)
+    if codes.ndim != 3 or codes.dtype.kind not in "iu" or not codes.size:
+        raise ValueError(f"codes of {sample.key} are {codes.dtype} {codes.shape}")
+    if codes.min() < 0 or codes.max() >= codebook:
+        raise ValueError(f"codes of {sample.key} are outside the codebook")
+    frames, height, width = codes.shape
+    row = {
+        "key": sample.key,
+        "uid": sample.uid,
+        "kind": sample.kind,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "fps": sample.fps,
+        "start_s": sample.start_s,
+        "end_s": sample.end_s,
+        "split": sample.split,
+        "source_sha256": sample.source_sha256,
+        "captions": [dict(caption) for caption in sample.captions],
+    }
+    record = row | {"scores": dict(sample.scores), "meta": dict(sample.meta)}
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    _member(file, f"{sample.key}.json", text.encode())
+    npy, dtype = io.BytesIO(), np.dtype("<u2" if codebook <= 1 << 16 else "<u4")
+    np.lib.format.write_array(npy, codes.astype(dtype), (1, 0), allow_pickle=False)
+    offset = _member(file, f"{sample.key}.vision.npy", npy.getvalue())
+    place = {"shard": shard, "offset": offset, "nbytes": npy.tell()}
+    return row | dict(sample.scores) | place
+
+
 class Shards:
     """A finished shard directory, opened for reading. Made by `Shards.open`."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self.rates: dict[str, float] = {}
+        """What the run that made them did in a second: clips, codes; empty if nothing was done."""
 
     @classmethod
     def open(cls, directory: str | Path) -> Shards:

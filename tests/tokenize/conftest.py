@@ -32,8 +32,10 @@ class BlockMean:
     def __init__(self, digest: str = "0" * 64) -> None:
         self.digest = digest
         self.shapes: list[tuple[int, ...]] = []  # of every call, to see how work was grouped
+        self.joint = False  # in any call
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode(self, pixels: torch.Tensor, joint: bool = False) -> torch.Tensor:
+        self.joint |= joint
         batch, frames, _, height, width = pixels.shape
         assert pixels.dtype == torch.float32 and pixels.is_contiguous()
         assert pixels.min() >= -1 and pixels.max() <= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -20,7 +21,9 @@ from unimodal.pipeline.clips import CLIPS, clip_uid, image_uid, table, write_par
 from unimodal.pipeline.errors import MediaError, UnimodalError
 from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.progress import Progress
-from unimodal.tokenize.run import TokenizeSettings, resample, tokenize
+from unimodal.pipeline.supervise import Patience
+from unimodal.tokenize.run import TokenizeSettings, tokenize
+from unimodal.tokenize.unit import resample
 
 SMALL = TokenizeSettings(area=32 * 32, fps=8, seconds=1, batch=3, shard_size=4)
 
@@ -197,7 +200,7 @@ def test_a_bad_clip_is_quarantined_and_the_rest_is_done(tmp_path: Path, block_me
     rows = [row(picture(tmp_path / f"{i}.png", (40, 40), i)) for i in range(4)]
     film = movie(tmp_path / "film.mkv", [40 * k for k in range(50)])
     rows.append(row(film, (0, 2000)))
-    rows.append(row(film, (0, 200)))
+    rows.append(row(picture(tmp_path / "thin.png", (20, 7), 9)))
     (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:-60])
     (tmp_path / "1.png").unlink()
     picture(tmp_path / "2.png", (48, 40), 2)
@@ -210,24 +213,124 @@ def test_a_bad_clip_is_quarantined_and_the_rest_is_done(tmp_path: Path, block_me
     assert ("0.png", "the image cannot be decoded") in reasons
     assert ("1.png", "no such file") in reasons
     assert ("2.png", "it is 48x40 pixels now and was 40x40") in reasons
-    assert ("film.mkv", "too short") in reasons
+    assert ("thin.png", "20x7 pixels") in reasons
+    assert any(name == "film.mkv" for name, _ in reasons)
     assert len(lost) == 5 and shards.manifest["totals"]["quarantined"] == 5
     assert {r["stage"] for r in lost} == {"tokenize"}
 
 
-def test_a_file_that_was_mended_is_picked_up_and_only_then(tmp_path: Path, block_mean: Any) -> None:
+def test_a_file_that_was_mended_is_picked_up_when_asked_for(
+    tmp_path: Path, block_mean: Any
+) -> None:
     rows = [row(picture(tmp_path / f"{i}.png", (40, 40), i)) for i in range(3)]
+    rows.append(row(picture(tmp_path / "thin.png", (20, 7), 9)))
     whole = (tmp_path / "0.png").read_bytes()
-    run = run_directory(tmp_path / "run", rows)
+    run, out = run_directory(tmp_path / "run", rows), tmp_path / "out"
     fresh = tokenize(run, tmp_path / "fresh", SMALL, tokenizer=block_mean)
     (tmp_path / "0.png").write_bytes(whole[:-60])
-    assert len(tokenize(run, tmp_path / "out", SMALL, tokenizer=block_mean)) == 2
-    block_mean.shapes.clear()
-    assert len(tokenize(run, tmp_path / "out", SMALL, tokenizer=block_mean)) == 2
-    assert not block_mean.shapes
+    assert len(tokenize(run, out, SMALL, tokenizer=block_mean)) == 2
     (tmp_path / "0.png").write_bytes(whole)
-    assert len(tokenize(run, tmp_path / "out", SMALL, tokenizer=block_mean)) == len(fresh) == 3
+    block_mean.shapes.clear()
+    assert len(tokenize(run, out, SMALL, tokenizer=block_mean)) == 2
+    assert not block_mean.shapes
+    again = tokenize(run, out, SMALL, tokenizer=block_mean, retry_quarantined=True)
+    assert len(again) == len(fresh) == 3
+    assert snapshot(out) == snapshot(tmp_path / "fresh")
+    block_mean.shapes.clear()  # what can never be a sample is no reason to try
+    tokenize(run, out, SMALL, tokenizer=block_mean, retry_quarantined=True)
+    assert not block_mean.shapes
+
+
+def test_a_clip_of_fewer_than_four_pictures_repeats_its_last(
+    tmp_path: Path, block_mean: Any
+) -> None:
+    film = movie(tmp_path / "film.mkv", [40 * k for k in range(20)])
+    run = run_directory(tmp_path / "run", [row(film, (0, 200)), row(film, (200, 480))])
+    shards = tokenize(run, tmp_path / "out", SMALL, tokenizer=block_mean)
+    found = sorted(
+        (r["start_s"], r["end_s"], r["frames"], int(shards.codes(i)[0, 0, 0]))
+        for i, r in enumerate(shards.index.to_pylist())
+    )
+    # At 8 a second: frames 0 and 3 of the first clip (at 0 and 120 ms), then 3 and 3 again;
+    # 5, 8 and 11 of the second, then 11 again. A frame is 4 grey levels.
+    assert [f[:3] for f in found] == [(0.0, 0.2, 1), (0.2, 0.48, 1)]
+    assert [f[3] for f in found] == pytest.approx([4 * 9 / 4, 4 * 35 / 4], abs=1)
+
+
+def test_pictures_keep_their_size_within_bounds_where_no_area_is_wanted(
+    tmp_path: Path, block_mean: Any
+) -> None:
+    sizes = {"small": (40, 40), "just": (72, 60), "large": (300, 200), "long": (300, 50)}
+    rows = [row(picture(tmp_path / f"{n}.png", s, 1)) for n, s in sizes.items()]
+    run = run_directory(tmp_path / "run", rows)
+    clamp = {"area": None, "min_area": 64 * 64, "max_area": 96 * 96, "max_aspect": 8.0}
+    shards = tokenize(run, tmp_path / "out", SMALL.model_copy(update=clamp), tokenizer=block_mean)
+    found = {
+        r["captions"][0]["text"].split()[-1]: (8 * r["width"], 8 * r["height"])
+        for r in shards.index.to_pylist()
+    }
+    assert found == {"small": (64, 64), "just": (72, 64), "large": (112, 72), "long": (232, 32)}
+    assert shards.manifest["settings"]["area"] is None
+    upside = SMALL.model_copy(update={"area": None, "min_area": 4096, "max_area": 1024})
+    with pytest.raises(UnimodalError, match="min_area 4096 is over max_area 1024"):
+        tokenize(run, tmp_path / "other", upside, tokenizer=block_mean)
+
+
+def test_a_window_is_encoded_as_one_where_that_is_asked_for(
+    media: Path, tmp_path: Path, block_mean: Any
+) -> None:
+    joint = SMALL.model_copy(update={"joint": True})
+    shards = tokenize(media, tmp_path / "joint", joint, tokenizer=block_mean)
+    assert sorted(s[:2] for s in block_mean.shapes if s[1] > 1) == [(1, 4), (1, 8), (1, 8)]
+    assert block_mean.joint and shards.manifest["settings"]["joint"] is True
+    with pytest.raises(UnimodalError, match="joint was True, now False"):
+        tokenize(media, tmp_path / "joint", SMALL, tokenizer=block_mean)
+
+
+def test_memory_that_does_not_suffice_is_an_error_of_the_run(
+    media: Path, tmp_path: Path, block_mean: Any
+) -> None:
+    def full(pixels: Any) -> Any:
+        raise MemoryError
+
+    block_mean.encode = full
+    with pytest.raises(UnimodalError, match=r"lower batch \(now 3\) or area \(now \d+\)"):
+        tokenize(media, tmp_path, SMALL, tokenizer=block_mean)
+
+
+def test_a_run_stops_when_most_of_its_media_are_away(tmp_path: Path, block_mean: Any) -> None:
+    rows = [row(picture(tmp_path / f"{i}.png", (40, 40), i)) for i in range(6)]
+    run = run_directory(tmp_path / "run", rows)
+    for i in range(1, 6):
+        (tmp_path / f"{i}.png").rename(tmp_path / f"{i}.away")
+    strict = SMALL.model_copy(update={"patience": Patience(failures_least=3), "shard_size": 2})
+    with pytest.raises(UnimodalError, match=r"clips could not be read.*--retry-quarantined"):
+        tokenize(run, tmp_path / "out", strict, tokenizer=block_mean)
+    for i in range(1, 6):
+        (tmp_path / f"{i}.away").rename(tmp_path / f"{i}.png")
+    tokenize(run, tmp_path / "out", strict, tokenizer=block_mean, retry_quarantined=True)
+    tokenize(run, tmp_path / "fresh", strict, tokenizer=block_mean)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "fresh")
+
+
+def test_a_member_of_a_tar_is_tokenized_like_the_file(tmp_path: Path, block_mean: Any) -> None:
+    files = [picture(tmp_path / "a.png", (40, 40), 1)]
+    files.append(movie(tmp_path / "film.mkv", [40 * k for k in range(50)]))
+    rows = [row(files[0]), row(files[1], (0, 1000)), row(files[1], (1000, 2000))]
+    plain = tokenize(
+        run_directory(tmp_path / "run", rows), tmp_path / "plain", SMALL, tokenizer=block_mean
+    )
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for file in files:
+            tar.add(file, file.name)
+            file.unlink()
+    inside = [r | {"uri": f"{tmp_path / 'all.tar'}#{Path(r['uri']).name}"} for r in rows]
+    packed = tokenize(
+        run_directory(tmp_path / "run2", inside), tmp_path / "packed", SMALL, tokenizer=block_mean
+    )
+    assert len(packed) == len(plain) == 3 and not packed.manifest["totals"]["quarantined"]
+    for name in ("shard-00000.tar", "shard-00000.parquet"):
+        assert (packed.path / name).read_bytes() == (plain.path / name).read_bytes()
 
 
 class Killed(Exception):
@@ -334,7 +437,8 @@ def test_every_clip_is_counted_once(media: Path, tmp_path: Path, block_mean: Any
         def advance(self, task: str, amount: float = 1.0) -> None:
             self.done += amount
 
-    for _ in range(2):  # fresh, and all there already
+    for _ in range(2):  # fresh, and where one shard is lost
+        (tmp_path / "shard-00001.tar").unlink(missing_ok=True)
         counter = Counter()
         tokenize(media, tmp_path, SMALL, tokenizer=block_mean, progress=counter)
         assert counter.done == counter.total == 9
@@ -373,7 +477,7 @@ def test_the_real_tokenizer_writes_what_it_encodes_and_can_be_loaded_again(
     import torch
 
     from unimodal.tokenize.plan import kept_clips, units
-    from unimodal.tokenize.run import image_pixels, video_pixels
+    from unimodal.tokenize.unit import image_pixels, video_pixels
     from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
     from unimodal.tokenize.vision.pixels import to_pixels
     from unimodal.tokenize.vision.tokenizer import VisionTokenizer

@@ -20,18 +20,23 @@ MAX_ASPECT = 5.0  # long side over short side, as in the released image processo
 
 
 def smart_size(
-    height: int, width: int, min_pixels: int, max_pixels: int, factor: int = 8
+    height: int,
+    width: int,
+    min_pixels: int,
+    max_pixels: int,
+    factor: int = 8,
+    max_aspect: float = MAX_ASPECT,
 ) -> tuple[int, int]:
     """(height, width), multiples of `factor`, near the given size and within the pixel bounds.
 
     The rule of the released image processor: round each side (halves to even), then, outside the
     bounds, scale both by the same root and round towards the bound. Raises `MediaError` for a side
-    under `factor` or an aspect ratio over 5, as the original does.
+    under `factor` or an aspect ratio over `max_aspect`, as the original does.
     """
     if min(height, width) < factor:
         raise MediaError(f"{width}x{height} is under {factor} pixels on one side")
-    if max(height, width) / min(height, width) > MAX_ASPECT:
-        raise MediaError(f"{width}x{height} is more than {MAX_ASPECT:g} times as long as wide")
+    if max(height, width) / min(height, width) > max_aspect:
+        raise MediaError(f"{width}x{height} is more than {max_aspect:g} times as long as wide")
     rows = max(factor, round(height / factor) * factor)
     columns = max(factor, round(width / factor) * factor)
     if rows * columns > max_pixels:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from unimodal.pipeline.errors import MediaError, UnimodalError
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.vision.pixels import resize
 
-GROUP = 4  # frames of one training clip: one latent frame
-WINDOW_SECONDS = 2.0  # one group of frames is taken from every two seconds of a video
-MAX_WINDOWS = 400  # groups taken from one video at most
+GROUP = 4  # frames of one latent frame
+WINDOW_SECONDS = 2.0  # one clip is taken from every two seconds of a video
+MAX_WINDOWS = 400  # clips taken from one video at most
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,20 @@ class Bank:
     """Decoded training material, short side at most `short_side`."""
 
     pictures: list[np.ndarray] = field(default_factory=list)  # uint8 [H,W,3]
-    clips: list[np.ndarray] = field(default_factory=list)  # uint8 [4,H,W,3]
+    clips: list[np.ndarray] = field(default_factory=list)  # uint8 [T,H,W,3]
     held_pictures: list[np.ndarray] = field(default_factory=list)
     held_clips: list[np.ndarray] = field(default_factory=list)
 
-    def weights(self) -> np.ndarray:
-        """Chance of each picture: proportional to the root of its area.
+    @cached_property
+    def chances(self) -> np.ndarray:
+        """Cumulative chance of each picture, which is proportional to the root of its area.
 
         By area alone a few wallpapers would crowd out thousands of icons, by count the reverse.
         """
         roots = np.sqrt([float(p.shape[0] * p.shape[1]) for p in self.pictures])
-        return roots / roots.sum()
+        chances = np.cumsum(roots) / roots.sum()
+        chances[-1] = 1.0
+        return chances
 
 
 def held_out(uri: str, fraction: float) -> bool:
@@ -105,11 +109,15 @@ def load_bank(
     *,
     short_side: int,
     fps: float,
+    frames: int,
     val_fraction: float,
     limit_bytes: int,
     progress: Progress,
 ) -> Bank:
-    """Decode `spans` into memory until `limit_bytes` are held; what cannot be read is noted."""
+    """Decode `spans` into memory until `limit_bytes` are held, clips of `frames` frames.
+
+    What cannot be read is noted.
+    """
     bank = Bank()
     held = 0
     progress.begin("read", len(spans), "sources")
@@ -118,7 +126,7 @@ def load_bank(
         out = held_out(span.uri, val_fraction)
         try:
             if span.video:
-                groups = list(_groups(span, short_side, fps))
+                groups = list(_clips(span, short_side, fps, frames))
                 (bank.held_clips if out else bank.clips).extend(groups)
                 held += sum(g.nbytes for g in groups)
             else:
@@ -149,36 +157,57 @@ def _picture(uri: str, short_side: int) -> np.ndarray:
     return resize(pixels, _target(pixels.shape[0], pixels.shape[1], short_side))
 
 
-def _groups(span: Span, short_side: int, fps: float) -> Iterator[np.ndarray]:
-    """Four frames, `1 / fps` apart, from the start of every two seconds of the span."""
+def _clips(span: Span, short_side: int, fps: float, frames: int) -> Iterator[np.ndarray]:
+    """`frames` frames, `1 / fps` apart, from the start of every two seconds of the span."""
     from unimodal.pipeline.media import iter_frames, probe
 
     shown = probe(span.uri)
     size = _target(shown.height, shown.width, short_side // 2)
     rate = span.fps or shown.fps or 25.0
     step = max(1, round(rate / fps))
-    every = max(GROUP * step, round(rate * WINDOW_SECONDS))
-    frames = iter_frames(span.uri, span.start_pts, span.end_pts, size=size)
+    every = max(frames * step, round(rate * WINDOW_SECONDS))
+    shots = iter_frames(span.uri, span.start_pts, span.end_pts, size=size)
     group: list[np.ndarray] = []
-    for index, (_, pixels) in enumerate(islice(frames, MAX_WINDOWS * every)):
+    for index, (_, pixels) in enumerate(islice(shots, MAX_WINDOWS * every)):
         offset = index % every
-        if offset % step == 0 and offset < GROUP * step:
+        if offset % step == 0 and offset < frames * step:
             group.append(pixels)
-            if len(group) == GROUP:
+            if len(group) == frames:
                 yield np.stack(group)
                 group = []
 
 
-def picture_batch(bank: Bank, rng: np.random.Generator, batch: int, crop: int) -> np.ndarray:
-    """Random crops of random pictures at a random scale: uint8 [batch, 1, crop, crop, 3]."""
-    chosen = rng.choice(len(bank.pictures), size=batch, p=bank.weights())
-    return np.stack([_crop(bank.pictures[i][None], rng, crop) for i in chosen])
+def batch(
+    bank: Bank,
+    seed: int,
+    step: int,
+    *,
+    frames: int,
+    crop: int,
+    clip_share: float = 0.0,
+    part: tuple[int, int] = (0, 1),
+) -> np.ndarray:
+    """The crops of a step, of pictures or of clips: uint8 [N, T, crop, crop, 3], N x T = `frames`.
 
-
-def clip_batch(bank: Bank, rng: np.random.Generator, batch: int, crop: int) -> np.ndarray:
-    """Random crops of random clips, the same place in all frames: uint8 [batch,4,crop,crop,3]."""
-    chosen = rng.integers(len(bank.clips), size=batch)
-    return np.stack([_crop(bank.clips[i], rng, crop) for i in chosen])
+    Process i of n (`part`) gets the i-th n-th of the crops, each of which depends on the seed, the
+    step and its place in the whole batch alone.
+    """
+    rng = np.random.default_rng([seed, step])
+    shots = 1
+    if bank.clips and (rng.random() < clip_share or not bank.pictures):
+        shots = len(bank.clips[0])
+        if shots > GROUP and rng.random() < 0.5:
+            shots = GROUP
+    share = max(1, frames // shots) // part[1]
+    crops = []
+    for place in range(part[0] * share, (part[0] + 1) * share):
+        rng = np.random.default_rng([seed, step, place + 1])
+        if shots > 1:
+            source = bank.clips[rng.integers(len(bank.clips))][:shots]
+        else:
+            source = bank.pictures[np.searchsorted(bank.chances, rng.random())][None]
+        crops.append(_crop(source, rng, crop))
+    return np.stack(crops)
 
 
 def _crop(frames: np.ndarray, rng: np.random.Generator, crop: int) -> np.ndarray:

@@ -1,93 +1,67 @@
-"""Train a vision tokenizer on one machine: pictures and short clips in, a loadable directory out.
+"""Train a vision tokenizer: pictures and short clips in, a loadable directory out.
 
-    unimodal train-tokenizer photos/ icons/ film.mp4 -o tokenizer
+    unimodal train-tokenizer photos/ icons/ film.mp4 -o tokenizer --recipe small
+    torchrun --nproc-per-node 8 -m unimodal.cli train-tokenizer RUN -o tokenizer --recipe movqgan
 
-Three phases: an autoencoder without a bottleneck for `warmup` steps, so that the codebook can start
-as the k-means centres of useful latents; then the quantized autoencoder, whose codebook follows the
-latents by exponential moving averages (van den Oord et al. 2017, appendix A.1) and whose unused
-entries are moved onto random latents; the learning rate falls along a cosine.
-
-The output directory is a tokenizer at every save (model.safetensors, config.json) and also holds
-what a resumed training needs (state.safetensors), metrics.jsonl and reconstruction grids.
+A network that starts from nothing starts as a linear map that carries most of a patch (`init.py`),
+its codebook as k-means centres of what that gives; `init` starts from weights instead. A step is a
+pure function of (weights, moments, settings, step number), so that a resumed training ends, bit for
+bit on a processor, where an uninterrupted one does.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
-from unimodal.pipeline.settings import Settings
-from unimodal.tokenize.vision import bank as banks
-from unimodal.tokenize.vision import metrics
-from unimodal.tokenize.vision.init import start_from_colour
+from unimodal.tokenize.device import out_of_memory
+from unimodal.tokenize.vision import checkpoint, init
+from unimodal.tokenize.vision.bank import Bank, batch, list_spans, load_bank
+from unimodal.tokenize.vision.checkpoint import Learners
+from unimodal.tokenize.vision.codebook import MovingCodebook
+from unimodal.tokenize.vision.discriminator import Discriminator, hinge
+from unimodal.tokenize.vision.evaluate import evaluate
 from unimodal.tokenize.vision.losses import sharpness
 from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
-from unimodal.tokenize.vision.pixels import to_pixels, to_uint8
-from unimodal.tokenize.vision.tokenizer import VisionTokenizer, save_config
+from unimodal.tokenize.vision.optim import Optimizer, WeightAverage
+from unimodal.tokenize.vision.perceptual import LPIPS, load_lpips
+from unimodal.tokenize.vision.pixels import to_pixels
+from unimodal.tokenize.vision.ranks import Ranks, joined
+from unimodal.tokenize.vision.recipe import (
+    Network,
+    OptimizerSettings,
+    TokenizerSettings,
+    learning_rate,
+)
+from unimodal.tokenize.vision.record import Record
+from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 
-REVIVE_EVERY = 50  # steps between two looks for dead codes
-WEIGHT_DECAY = 1e-4
-DEAD = 0.02  # expected uses a step under which a code counts as dead
+__all__ = ["Interrupted", "Network", "TokenizerSettings", "train_tokenizer"]
+
+START_CROPS = 512  # looked at for principal components
+LATENTS_AN_ENTRY = 16  # for k-means
+START = 1 << 31  # steps from here on are the batches of the start
+AHEAD = 4  # batches that threads cut while a GPU works
 
 
-class Network(Settings):
-    """Shape of the network (see `MoVQConfig`)."""
-
-    codebook_size: int = Field(default=4096, ge=2)
-    ch: int = 32
-    ch_mult: tuple[int, ...] = (1, 1, 2, 4)
-    num_res_blocks: int = Field(default=1, ge=1)
-
-
-class TokenizerSettings(Settings):
-    """Settings of `unimodal train-tokenizer`."""
-
-    network: Network = Network()
-    steps: int = Field(default=4000, ge=1)
-    batch: int = Field(default=16, ge=1)
-    """Crops of a step; a step of clips takes a quarter of it, of four frames each."""
-    crop: int = Field(default=64, ge=16, multiple_of=8)
-    """Pixels; side of a training crop, a multiple of 8."""
-    clip_share: float = Field(default=0.15, ge=0, le=1)
-    """Share of the steps that see clips instead of pictures, where there are clips."""
-    lr: float = Field(default=2e-3, gt=0)
-    min_lr: float = 2e-5
-    lr_warmup: int = Field(default=100, ge=0)
-    """Steps over which the learning rate rises."""
-    warmup: int = Field(default=100, ge=0)
-    """Steps without a codebook."""
-    grad_clip: float = 1.0
-    sharpness: float = Field(default=0.3, ge=0)
-    """Weight of the local gradient term, against 1 for L2."""
-    commitment: float = Field(default=0.05, ge=0)
-    """Weight of the squared distance of latents from their codes."""
-    codebook_decay: float = 0.99
-    short_side: int = Field(default=512, ge=64)
-    """Pixels; larger pictures are reduced to it when they are read (clips to half of it)."""
-    fps: float = Field(default=12.0, gt=0)
-    """Frames per second of training clips."""
-    val_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the sources, by a hash of their name, that training never sees."""
-    memory_gib: float = Field(default=6.0, gt=0)
-    """Decoded pictures held in memory at most."""
-    seed: int = 0
-    save_every: int = Field(default=250, ge=1)
-    """Steps between two saves, each with a measurement on held-out pictures and a grid."""
-    bf16: bool = True
-    """Run the 2-D trunk in bfloat16 while training (the latents and the codebook stay float32)."""
+class Interrupted(UnimodalError):
+    """A signal ended the training after its state was saved."""
 
 
 def train_tokenizer(
@@ -101,253 +75,144 @@ def train_tokenizer(
 ) -> Path:
     """Train on `inputs` (run directories, files, folders, globs); resumes if `out` has a state.
 
-    `init` is a tokenizer directory whose weights are the start (its codebook included, so no
-    warm-up is done). Returns `out`. Raises `UnimodalError` for a state of other settings.
+    `init` is a tokenizer directory whose weights are the start. Under `torchrun`, every process
+    calls this. Returns `out`. SIGTERM and Ctrl-C save and raise `Interrupted`; raises
+    `UnimodalError` for a state of other settings and for a loss that is not finite.
     """
-    progress = progress or Progress()
+    full = out_of_memory(f"batch (now {settings.batch}) or crop (now {settings.crop})")
+    with joined(device) as (ranks, device), full:
+        return _train(inputs, out, settings, init, device, ranks, progress or Progress())
+
+
+def _train(
+    inputs: Sequence[str | Path],
+    out: Path,
+    settings: TokenizerSettings,
+    weights: Path | None,
+    device: str,
+    ranks: Ranks,
+    progress: Progress,
+) -> Path:
+    progress = progress if ranks.rank == 0 else Progress()
+    cfg = settings.network.config()
+    _check(settings, cfg, weights)
+    previous = checkpoint.find(out, settings)
     torch.manual_seed(settings.seed)
-    try:
-        cfg = MoVQConfig(**settings.network.model_dump(), attn_resolutions=_lowest(settings))
-    except ValueError as error:
-        raise UsageError(f"setting network: {error}") from error
-    if settings.crop % cfg.spatial_factor:
-        raise UsageError(f"setting crop = {settings.crop}: a multiple of {cfg.spatial_factor}")
-    inherited = None if init is None else _inherited(init, cfg)
     model = MoVQ(cfg)
-    start_from_colour(model)
-    spans = banks.list_spans(inputs)
-    data = banks.load_bank(
-        spans,
-        short_side=settings.short_side,
-        fps=settings.fps,
-        val_fraction=settings.val_fraction,
-        limit_bytes=int(settings.memory_gib * 2**30),
+    if weights is not None and previous is None:
+        model.load_state_dict(_inherited(weights, cfg))
+    lpips = None if settings.loss.lpips is None else load_lpips(settings.loss.lpips).to(device)
+    data = load_bank(
+        list_spans(inputs),
+        short_side=settings.data.short_side,
+        fps=settings.data.fps,
+        frames=settings.data.clip_frames,
+        val_fraction=settings.data.val_fraction,
+        limit_bytes=int(settings.data.memory_gib * 2**30),
         progress=progress,
     )
+    _check_shares(settings, data, ranks)
+    latents = settings.batch * (settings.crop // cfg.spatial_factor) ** 2
     model.to(device).train()
     freeze_batch_norm(model)
-    book = MovingCodebook(model, settings.codebook_decay)
-    optimizer = Optimizer(model, settings)
-    out.mkdir(parents=True, exist_ok=True)
-    start = _resume(out, settings, model, optimizer, book, device)
-    warmup = settings.warmup
-    if (out / "inherited").exists():
-        warmup = 0
-    elif inherited is not None:
-        warmup = 0
-        if start == 0:
-            (out / "inherited").touch()  # a resumed training needs no warm-up either
-            model.load_state_dict(inherited)
-            book.adopt()
-
-    progress.note(
-        f"{len(data.pictures)} pictures and {len(data.clips)} clips to train on, "
-        f"{len(data.held_pictures)} and {len(data.held_clips)} held out; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    book = MovingCodebook(model, settings.codebook, latents / cfg.codebook_size, ranks)
+    if weights is None and previous is None:
+        progress.note("starting from principal components and k-means")
+        if ranks.rank == 0:
+            _start(model, book, data, settings, device)
+        ranks.share(model)
+        book.adopt()
+    learners = Learners(
+        model, Optimizer(model, settings.optimizer), book, WeightAverage(model, settings.ema)
     )
-    progress.begin("steps", settings.steps, "steps")
-    progress.advance("steps", start)
-    clock = time.monotonic()
-    for step in range(start, settings.steps):
-        lr = _rate(step, settings)
-        rng = np.random.default_rng([settings.seed, step])
-        pixels = to_pixels(_batch(data, rng, settings)).to(device)
-        if step == warmup and step > 0:
-            with torch.no_grad():
-                book.start([model.latents(p) for p in _sample(data, settings, device)])
-        values = _step(model, book, pixels, settings, quantized=step >= warmup)
-        loss = values["loss"]
-        if not torch.isfinite(loss):
-            raise UnimodalError(
-                f"{out}: the loss of step {step} is {float(loss)}; lower lr (now {settings.lr}) "
-                "and run the same command again: it resumes from the last save"
-            )
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        optimizer.step(lr)
-        if step >= warmup and step % REVIVE_EVERY == REVIVE_EVERY - 1:
-            book.revive(rng)
-        progress.advance("steps")
-        done = step + 1
-        if done % 10 == 0:
-            shown = {name: value.item() for name, value in values.items()}
-            progress.show({"step": done, "lr": lr, **shown})
-        if done % settings.save_every == 0 or done == settings.steps:
-            measured = evaluate(model, data, out / "grids" / f"{done:06d}.png", device)
-            model.train()
-            freeze_batch_norm(model)
-            row = {"step": done, "seconds": round(time.monotonic() - clock, 1), "lr": lr}
-            row |= {name: value.item() for name, value in values.items()} | measured
-            with (out / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-            progress.show(row)
-            _save(out, settings, model, optimizer, book, done)
-    progress.end("steps")
+    if settings.loss.adversarial:
+        judge = Discriminator(settings.discriminator.n_layers, settings.discriminator.width)
+        learners.judge = judge.to(device)
+        learners.judge_optimizer = Optimizer(judge, _judge_settings(settings))
+        ranks.share(judge)
+    if previous is not None:
+        checkpoint.resume(out, learners, device)
+    progress.note(_introduction(model, data, settings, lpips, ranks))
+    run = _Run(out, settings, learners, data, lpips, device, ranks, progress)
+    if previous is not None:
+        run.done, run.seconds = previous["step"], previous["seconds"]
+        progress.note(f"resuming at step {run.done} of {settings.steps}")
+    run.steps()
     return out
 
 
-def _lowest(settings: TokenizerSettings) -> tuple[int, ...]:
-    """Attention at the lowest resolution alone, as released."""
-    return (len(settings.network.ch_mult) - 1,)
+def _check(settings: TokenizerSettings, cfg: MoVQConfig, weights: Path | None) -> None:
+    """Raise `UsageError` for settings that do not go together."""
+    if settings.crop % cfg.spatial_factor:
+        raise UsageError(f"setting crop = {settings.crop}: a multiple of {cfg.spatial_factor}")
+    if settings.needs_init and weights is None:
+        raise UsageError("this recipe refines weights: give --init DIR (or --set needs_init=false)")
 
 
-def _inherited(init: Path, cfg: MoVQConfig) -> dict[str, Tensor]:
+def _check_shares(settings: TokenizerSettings, data: Bank, ranks: Ranks) -> None:
+    """Raise `UsageError` if the crops of a step cannot be shared out evenly."""
+    clips = data.clips and (settings.clip_share or not data.pictures)
+    most = settings.data.clip_frames if clips else 1
+    if any(max(1, settings.batch // frames) % ranks.world for frames in {1, min(4, most), most}):
+        raise UsageError(
+            f"setting batch = {settings.batch}: with {ranks.world} processes a multiple of "
+            f"{most * ranks.world}"
+        )
+
+
+def _inherited(directory: Path, cfg: MoVQConfig) -> dict[str, Tensor]:
     """Weights to start from; raises `UsageError` if their network has another shape."""
-    model = VisionTokenizer.load(init).model
+    model = VisionTokenizer.load(directory).model
     if model.cfg != cfg:
         theirs, ours = model.cfg.to_dict(), cfg.to_dict()
         other = ", ".join(f"{k} {theirs[k]}, not {ours[k]}" for k in ours if ours[k] != theirs[k])
-        raise UsageError(f"{init}: is of another shape ({other}); set network.… to its values")
+        raise UsageError(f"{directory}: is of another shape ({other}); set network.… to its values")
     return model.state_dict()
 
 
-def _step(
-    model: MoVQ,
-    book: MovingCodebook,
-    pixels: Tensor,
-    settings: TokenizerSettings,
-    quantized: bool,
-) -> dict[str, Tensor]:
-    """Losses of one batch of frames [B,T,3,H,W]."""
-    image = pixels.shape[1] == 1
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=settings.bf16):
-        z = model.latents(pixels)
-        zq, commit = z, z.new_zeros(())
-        if quantized:
-            codes = model.quantize(z.detach())
-            vectors = model.quantize.lookup(codes).detach()
-            book.update(z.detach(), codes)
-            commit = (z - vectors).square().mean()
-            zq = z + (vectors - z).detach()  # straight through
-        painted = model.paint(zq, image).float()
-    painted, target = painted.flatten(0, 1), pixels.flatten(0, 1)
-    l2 = (painted - target).square().mean()
-    sharp = sharpness(painted, target)
-    loss = l2 + settings.sharpness * sharp + settings.commitment * commit
-    return {
-        "loss": loss,
-        "l2": l2.detach(),
-        "sharpness": sharp.detach(),
-        "commitment": commit.detach(),
-    }
+@torch.no_grad()
+def _start(
+    model: MoVQ, book: MovingCodebook, data: Bank, settings: TokenizerSettings, device: str
+) -> None:
+    """Weights and codebook from the data alone."""
+
+    def crops(index: int) -> Tensor:
+        cut = batch(data, settings.seed, START + index, frames=settings.batch, crop=settings.crop)
+        return to_pixels(cut).to(device)
+
+    few = [crops(i).flatten(0, 1) for i in range(math.ceil(START_CROPS / settings.batch))]
+    init.start(model, torch.cat(few))
+    rows: list[Tensor] = []
+    wanted, index = LATENTS_AN_ENTRY * model.cfg.codebook_size, 0
+    while wanted > 0:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.bf16):
+            z = model.latents(crops(index))
+        rows.append(z.movedim(1, -1).flatten(0, -2))
+        wanted, index = wanted - len(rows[-1]), index + 1
+    book.start(torch.cat(rows))
 
 
-class Optimizer:
-    """Muon for convolutions, AdamW for everything else, under one learning rate.
-
-    Muon (Jordan 2024) makes the update of a matrix orthogonal. A convolution [out, in, ...] is the
-    matrix [out, in * ...]; scaled to AdamW's usual step size, both take the same learning rate.
-    """
-
-    def __init__(self, model: nn.Module, settings: TokenizerSettings) -> None:
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        wide = [(n, p) for n, p in trained if p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 32]
-        # torch's Muon takes matrices only: these share their storage with the weights.
-        self.matrices = {n: (p, nn.Parameter(p.detach().view(len(p), -1))) for n, p in wide}
-        self.rest = {n: p for n, p in trained if n not in self.matrices}
-        self.muon = torch.optim.Muon(
-            [m for _, m in self.matrices.values()],
-            lr=settings.lr,
-            weight_decay=WEIGHT_DECAY,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        self.adamw = torch.optim.AdamW(
-            self.rest.values(),
-            lr=settings.lr,
-            betas=(0.9, 0.95),
-            weight_decay=WEIGHT_DECAY,
-            fused=True,
-        )
-
-    def step(self, lr: float) -> None:
-        """One update at learning rate `lr`; gradients are used up."""
-        for weight, matrix in self.matrices.values():
-            matrix.grad = None if weight.grad is None else weight.grad.view_as(matrix)
-            weight.grad = None
-        for optimizer in (self.muon, self.adamw):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def _each(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter]]:
-        for name, (_, matrix) in self.matrices.items():
-            yield name, self.muon, matrix
-        for name, parameter in self.rest.items():
-            yield name, self.adamw, parameter
-
-    def state(self) -> dict[str, Tensor]:
-        """Moments by `parameter name/key`."""
-        return {
-            f"{name}/{key}": torch.as_tensor(value)
-            for name, optimizer, parameter in self._each()
-            for key, value in optimizer.state.get(parameter, {}).items()
-        }
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take the moments that `state()` gave."""
-        values: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            name, _, moment = key.rpartition("/")
-            values.setdefault(name, {})[moment] = value
-        for name, optimizer, parameter in self._each():
-            if name in values:
-                optimizer.state[parameter] = values[name]
+def _judge_settings(settings: TokenizerSettings) -> OptimizerSettings:
+    """Of the discriminator: Adam with the betas of the network's optimizer, as published."""
+    lr = settings.discriminator.lr
+    own = {"kind": "adamw", "lr": lr, "min_lr": lr, "warmup": 0, "weight_decay": 0.0}
+    return settings.optimizer.model_copy(update=own)
 
 
-class MovingCodebook:
-    """Codebook entries as moving averages of the latents that chose them."""
-
-    def __init__(self, model: MoVQ, decay: float) -> None:
-        self.weight = model.quantize.embedding.weight
-        self.weight.requires_grad_(False)
-        self.decay = decay
-        self.adopt()
-        self.recent = torch.zeros_like(self.weight)  # latents of the last batch, for revival
-
-    def adopt(self) -> None:
-        """Begin from the entries as they are, each as if used once a step."""
-        self.count = torch.ones_like(self.weight[:, 0])
-        self.total = self.weight.detach().clone()
-
-    @torch.no_grad()
-    def start(self, latents: Sequence[Tensor]) -> None:
-        """Begin from the k-means centres of latents [B,C,t,h,w]: eight rounds of Lloyd."""
-        rows = torch.cat([z.movedim(1, -1).flatten(0, -2) for z in latents])
-        size = len(self.weight)
-        pick = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        centres = rows[pick[torch.arange(size) % len(rows)].to(rows.device)].clone()
-        for _ in range(8):
-            nearest = torch.cat([torch.cdist(r, centres).argmin(1) for r in rows.split(8192)])
-            count = torch.bincount(nearest, minlength=size).unsqueeze(1)
-            total = torch.zeros_like(centres).index_add_(0, nearest, rows)
-            centres = torch.where(count > 0, total / count.clamp_min(1), centres)
-        self.weight.copy_(centres)
-        self.adopt()
-
-    @torch.no_grad()
-    def update(self, z: Tensor, codes: Tensor) -> None:
-        """Move the chosen entries towards the latents z [B,C,t,h,w] that chose them."""
-        rows, flat = z.movedim(1, -1).flatten(0, -2), codes.flatten()
-        count = torch.bincount(flat, minlength=len(self.weight)).to(rows.dtype)
-        total = torch.zeros_like(self.total).index_add_(0, flat, rows)
-        self.count.mul_(self.decay).add_(count, alpha=1 - self.decay)
-        self.total.mul_(self.decay).add_(total, alpha=1 - self.decay)
-        alive = self.count > 1e-4
-        self.weight[alive] = self.total[alive] / self.count[alive].unsqueeze(1)
-        self.recent = rows
-
-    @torch.no_grad()
-    def revive(self, rng: np.random.Generator) -> int:
-        """Put entries that are hardly used onto latents of the last batch; returns how many."""
-        dead = (self.count < DEAD).nonzero().flatten()
-        if len(dead):
-            pick = torch.from_numpy(rng.integers(len(self.recent), size=len(dead)))
-            chosen = self.recent[pick.to(self.recent.device)]
-            self.weight[dead] = chosen
-            self.count[dead] = 5 * DEAD
-            self.total[dead] = chosen * 5 * DEAD
-        return len(dead)
+def _introduction(
+    model: MoVQ, data: Bank, settings: TokenizerSettings, lpips: LPIPS | None, ranks: Ranks
+) -> str:
+    look = f"LPIPS x {settings.loss.perceptual:g}"
+    if lpips is None:
+        look = f"sharpness x {settings.loss.sharpness:g}"
+        if settings.loss.perceptual and settings.loss.adversarial:
+            look += " in place of LPIPS (no --lpips weights)"
+    return (
+        f"{len(data.pictures)} pictures and {len(data.clips)} clips to train on, "
+        f"{len(data.held_pictures)} and {len(data.held_clips)} held out; "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; "
+        f"{settings.loss.pixel}, {look}; {ranks.world} process{'es' * (ranks.world > 1)}"
+    )
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
@@ -357,144 +222,223 @@ def freeze_batch_norm(model: nn.Module) -> None:
             module.eval()
 
 
-def _batch(data: banks.Bank, rng: np.random.Generator, settings: TokenizerSettings) -> np.ndarray:
-    clips = bool(data.clips) and (rng.random() < settings.clip_share or not data.pictures)
-    if clips:
-        return banks.clip_batch(data, rng, max(1, settings.batch // 4), settings.crop)
-    return banks.picture_batch(data, rng, settings.batch, settings.crop)
+@dataclass
+class _Run:
+    """What the loop works on."""
 
+    out: Path
+    settings: TokenizerSettings
+    learners: Learners
+    data: Bank
+    lpips: LPIPS | None
+    device: str
+    ranks: Ranks
+    progress: Progress
+    done: int = 0  # steps
+    seconds: float = 0.0  # of training in earlier processes
 
-def _sample(data: banks.Bank, settings: TokenizerSettings, device: str) -> Iterator[Tensor]:
-    """Enough batches for k-means: about sixteen latents an entry."""
-    latents = settings.batch * (settings.crop // 8) ** 2
-    for i in range(math.ceil(16 * settings.network.codebook_size / latents)):
-        rng = np.random.default_rng([settings.seed, 1 << 30, i])
-        yield to_pixels(_batch(data, rng, settings)).to(device)
+    def steps(self) -> None:
+        """Run to the end of the schedule, or until a signal comes."""
+        settings, began = self.settings, time.monotonic()
+        first = self.ranks.rank == 0
+        record = Record(self.out, self.done, settings.tensorboard) if first else None
+        self.progress.begin("steps", settings.steps, "steps")
+        self.progress.advance("steps", self.done)
+        try:
+            with _signals() as received, _batches(self) as batches:
+                for step in range(self.done, settings.steps):
+                    pixels = next(batches)
+                    values, stopped = self.step(step, pixels, bool(received))
+                    self.done = step + 1
+                    self.progress.advance("steps")
+                    last = self.done == settings.steps
+                    seconds = self.seconds + time.monotonic() - began
+                    if record and (last or self.done % settings.log_every == 0):
+                        row = {**values, "seconds": round(seconds, 2)}
+                        record.write(self.done, row)
+                        self.progress.show({"step": self.done, **row})
+                    saving = last or self.done % settings.save_every == 0
+                    if record and saving:
+                        self.measure(record)
+                    if record and (saving or stopped):
+                        checkpoint.save(self.out, settings, self.learners, self.done, seconds)
+                    if stopped and not last:
+                        raise Interrupted(
+                            f"stopped by a signal at step {self.done} of {settings.steps}; saved "
+                            f"in {self.out}: run the same command again to go on"
+                        )
+        finally:
+            self.progress.end("steps")
+            if record:
+                record.close()
 
+    def step(self, step: int, pixels: Tensor, stop: bool) -> tuple[dict[str, float], bool]:
+        """One step on this rank's frames [B,T,3,H,W]; returns values, and whether to stop.
 
-def _rate(step: int, settings: TokenizerSettings) -> float:
-    """Linear rise, then cosine to `min_lr`."""
-    if step < settings.lr_warmup:
-        return settings.lr * (step + 1) / settings.lr_warmup
-    t = (step - settings.lr_warmup) / max(1, settings.steps - settings.lr_warmup)
-    return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * t)) / 2
+        Both are of all ranks: a signal to any of them stops all after the same step.
+        """
+        settings, learners = self.settings, self.learners
+        optimizer, judge = learners.optimizer, learners.judge
+        if step < settings.discriminator.start:
+            judge = None
+        terms, painted = self.losses(pixels, judge)
+        terms["loss"].backward()
+        self.ranks.mean_gradients(optimizer.parameters())
+        terms["grad_norm"] = optimizer.clip()
+        if judge is not None and learners.judge_optimizer is not None:
+            judge.requires_grad_(True)
+            with self._autocast():
+                real, fake = judge(pixels.flatten(0, 1)), judge(painted.detach())
+            terms["hinge"] = hinge(real.float(), fake.float())
+            terms["hinge"].backward()
+            self.ranks.mean_gradients(learners.judge_optimizer.parameters())
+            learners.judge_optimizer.clip()
+        terms["stop"] = torch.tensor(float(stop), device=pixels.device)
+        means = self.ranks.mean(torch.stack([t.detach().float() for t in terms.values()])).tolist()
+        values = dict(zip(terms, means, strict=True))
+        stopped = values.pop("stop") > 0
+        if not all(math.isfinite(value) for value in values.values()):
+            self.stop_not_finite(step, values)
+        lr = learning_rate(step, settings.steps, settings.optimizer)
+        optimizer.step(lr)
+        if judge is not None and learners.judge_optimizer is not None:
+            learners.judge_optimizer.step(settings.discriminator.lr)
+        learners.average.update(step)
+        every = settings.codebook.revive_every
+        if every and step % every == every - 1:
+            moved = learners.book.revive(np.random.default_rng([settings.seed, step, 0, 1]))
+            learners.average.jump(moved)
+            values["revived"] = float(len(moved))
+        return {**values, "lr": lr}, stopped
 
+    def losses(
+        self, pixels: Tensor, judge: Discriminator | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Terms of one batch of frames [B,T,3,H,W], and the frames as painted [B*T,3,H,W]."""
+        model, book, weights = self.learners.model, self.learners.book, self.settings.loss
+        image = pixels.shape[1] == 1
+        with self._autocast():
+            z = model.latents(pixels)
+            codes = model.quantize(z.detach())
+            vectors = model.quantize.lookup(codes)
+            book.update(z.detach(), codes)
+            zq = z + (vectors - z).detach()  # straight through
+            painted = model.paint(zq, image).float().flatten(0, 1)
+        target = pixels.flatten(0, 1)
+        terms: dict[str, Tensor] = {}
+        if weights.pixel == "l2":
+            loss = terms["l2"] = F.mse_loss(painted, target)
+        else:
+            loss = terms["l1"] = F.l1_loss(painted, target)
+        if self.lpips is not None and weights.perceptual:
+            with self._autocast():
+                terms["lpips"] = self.lpips(painted, target).mean()
+            loss = loss + weights.perceptual * terms["lpips"]
+        elif self.lpips is None and weights.sharpness:
+            terms["sharpness"] = sharpness(painted, target)
+            loss = loss + weights.sharpness * terms["sharpness"]
+        terms["commitment"] = F.mse_loss(z, vectors.detach())
+        loss = loss + weights.commitment * terms["commitment"]
+        if not book.moving:
+            loss = loss + book.settings.weight * F.mse_loss(vectors, z.detach())
+        if judge is not None:
+            judge.requires_grad_(False)
+            with self._autocast():
+                terms["adversarial"] = -judge(painted).float().mean()
+            loss = loss + weights.adversarial * terms["adversarial"]
+        return {"loss": loss, **terms}, painted
 
-@torch.no_grad()
-def evaluate(model: MoVQ, data: banks.Bank, grid: Path, device: str) -> dict[str, float]:
-    """PSNR, SSIM, kept gradient energy and codebook use on held-out material; writes a grid.
+    def _autocast(self) -> torch.autocast:
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.settings.bf16)
 
-    Up to 24 pictures (centre squares, sides reduced to 256 at most) and 8 clips.
-    """
-    model.eval()
-    rows: list[tuple[np.ndarray, np.ndarray]] = []
-    found: dict[str, list[float]] = {"psnr": [], "ssim": [], "energy": []}
-    used: list[Tensor] = []
-    for picture in data.held_pictures[:24]:
-        original = _square(picture)
-        pixels = to_pixels(original)[None, None].to(device)
-        codes = model.encode(pixels)
-        painted = to_uint8(model.decode(codes, image=True)[0, 0])
-        a, b = _tensor(original), _tensor(painted)
-        found["psnr"].append(float(metrics.psnr(a, b)))
-        found["ssim"].append(float(metrics.ssim(a, b)))
-        energy = metrics.gradient_energy(b) / metrics.gradient_energy(a).clamp_min(1e-6)
-        found["energy"].append(float(energy))
-        used.append(codes.flatten())
-        rows.append((original, painted))
-    video = []
-    for clip in data.held_clips[:8]:
-        height, width = (side // 8 * 8 for side in clip.shape[1:3])
-        original = clip[:, :height, :width]
-        painted = to_uint8(model.decode(model.encode(to_pixels(original)[None].to(device)))[0])
-        video.append(float(metrics.psnr(_tensor(original), _tensor(painted)).mean()))
-        rows.append((original[-1], painted[-1]))
-    measured = {f"val_{name}": float(np.mean(v)) for name, v in found.items() if v}
-    if used:
-        share, perplexity = metrics.codebook_usage(torch.cat(used), model.cfg.codebook_size)
-        measured |= {"val_usage": share, "val_perplexity": perplexity}
-    if video:
-        measured["val_video_psnr"] = float(np.mean(video))
-    _grid(rows[:24], grid)
-    return measured
+    def measure(self, record: Record) -> None:
+        """Measure the averaged weights on what is held out, and paint a grid."""
+        learners = self.learners
+        measured, sheet = evaluate(learners.average.model, self.data, self.device, self.lpips)
+        learners.model.train()
+        freeze_batch_norm(learners.model)
+        if sheet is None:
+            return
+        record.write(self.done, measured)
+        record.image(self.done, "held out", sheet)
+        self.progress.show({"step": self.done, **measured})
+        with atomic(self.out / "grids" / f"{self.done:06d}.png") as temporary:
+            Image.fromarray(sheet).save(temporary, format="PNG")
 
-
-def _square(picture: np.ndarray) -> np.ndarray:
-    side = min(picture.shape[:2])
-    top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
-    cut = Image.fromarray(picture[top : top + side, left : left + side])
-    size = min(256, side // 8 * 8)
-    return np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def _tensor(pixels: np.ndarray) -> Tensor:
-    frames = pixels if pixels.ndim == 4 else pixels[None]
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, -1, 1))).float()
-
-
-def _grid(rows: Sequence[tuple[np.ndarray, np.ndarray]], path: Path) -> None:
-    """Original and reconstruction, side by side, six pairs to a row of 128-pixel cells."""
-    if not rows:
-        return
-    cell = 128
-    sheet = Image.new("RGB", (12 * cell, math.ceil(len(rows) / 6) * cell), "white")
-    for i, pair in enumerate(rows):
-        for j, pixels in enumerate(pair):
-            image = Image.fromarray(pixels)
-            image.thumbnail((cell, cell))
-            sheet.paste(image, (((i % 6) * 2 + j) * cell, i // 6 * cell))
-    with atomic(path) as temporary:
-        sheet.save(temporary, format="PNG")
-
-
-def _save(
-    out: Path,
-    settings: TokenizerSettings,
-    model: MoVQ,
-    optimizer: Optimizer,
-    book: MovingCodebook,
-    step: int,
-) -> None:
-    state = {f"model.{name}": t for name, t in model.state_dict().items()}
-    state |= {f"optimizer.{name}": t for name, t in optimizer.state().items()}
-    state |= {"book.count": book.count, "book.total": book.total}
-    record = {"step": step, "settings": settings.model_dump(mode="json")}
-    # The state is one file, with the step inside, so that no mixture of two saves can be resumed.
-    with atomic(out / "state.safetensors") as temporary:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
-        save_file(tensors, temporary, metadata={"train": json.dumps(record, sort_keys=True)})
-    with atomic(out / "model.safetensors") as temporary:
-        save_file({n: t.cpu().contiguous() for n, t in model.state_dict().items()}, temporary)
-    save_config(out, model.cfg)
-
-
-def _resume(
-    out: Path,
-    settings: TokenizerSettings,
-    model: MoVQ,
-    optimizer: Optimizer,
-    book: MovingCodebook,
-    device: str,
-) -> int:
-    """Load the last save of `out`, if there is one; returns the step to go on from."""
-    path = out / "state.safetensors"
-    if not path.exists():
-        return 0
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        record = json.loads(file.metadata()["train"])
-    free = {"steps", "save_every"}  # may change between two runs of one training
-    before = {k: v for k, v in record["settings"].items() if k not in free}
-    now = {k: v for k, v in settings.model_dump(mode="json").items() if k not in free}
-    changed = sorted(k for k in now if now[k] != before.get(k))
-    if changed:
+    def stop_not_finite(self, step: int, values: dict[str, float]) -> None:
+        """Write down what is known, and stop; the last save is from before this step."""
+        bad = [
+            name
+            for name, p in self.learners.model.named_parameters()
+            if not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all())
+        ]
+        path = self.out / "not-finite.json"
+        if self.ranks.rank == 0:
+            report = {"step": step, **{k: str(v) for k, v in values.items()}, "not_finite": bad}
+            with atomic(path) as file:
+                file.write_text(json.dumps(report, indent=2) + "\n")
         raise UnimodalError(
-            f"{out}: was trained with other settings ({', '.join(changed)}); give another -o to "
-            "start anew, with --init to start from these weights"
+            f"the loss is {values['loss']} (gradient norm {values['grad_norm']}) at step {step}; "
+            f"{path} names the tensors: lower optimizer.lr (now {self.settings.optimizer.lr}) and "
+            "start from the last save, with --init"
         )
-    state = load_file(path, device=device)
-    model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
-    optimizer.load({k[10:]: v for k, v in state.items() if k.startswith("optimizer.")})
-    book.count, book.total = state["book.count"], state["book.total"]
-    return int(record["step"])
+
+
+@contextmanager
+def _batches(run: _Run) -> Iterator[Iterator[Tensor]]:
+    """This rank's frames [B,T,3,H,W] of each step to come, cut by threads while others are used."""
+    settings = run.settings
+    depth = AHEAD if run.device.startswith("cuda") else 1
+
+    def cut(step: int) -> Tensor:
+        crops = batch(
+            run.data,
+            settings.seed,
+            step,
+            frames=settings.batch,
+            crop=settings.crop,
+            clip_share=settings.clip_share,
+            part=(run.ranks.rank, run.ranks.world),
+        )
+        return to_pixels(crops)
+
+    with ThreadPoolExecutor(depth) as pool:
+        coming: list[Future[Tensor]] = []
+
+        def each() -> Iterator[Tensor]:
+            for step in range(run.done, settings.steps):
+                while len(coming) <= min(depth, settings.steps - step - 1):
+                    coming.append(pool.submit(cut, step + len(coming)))
+                yield coming.pop(0).result().to(run.device, non_blocking=True)
+
+        try:
+            yield each()
+        finally:
+            for future in coming:
+                future.cancel()
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying; a second SIGINT interrupts at once.
+
+    Outside the main thread signals cannot be taken over: there the list stays empty.
+    """
+    received: list[int] = []
+
+    def take(number: int, frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        old = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Recipes of `unimodal train-tokenizer`, as TOML."""

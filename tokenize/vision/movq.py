@@ -12,12 +12,17 @@ Two identities make still images four times cheaper than in the released code, w
 - an image decode returns the first of four frames, and the trunk works frame by frame, so only
   that frame is rendered.
 
+Without gradients three more things save time and memory: a norm and its SiLU work in slices that
+stay in the cache, and in place; the trunk takes a bounded number of pixels at a time, and frames
+that repeat the one before only once; and enlarging is folded into the convolution behind it.
+
 Shapes: B batch, T frames, t latent frames (T / 4), C channels, H W pixels, h w latents (H / 8).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUPS = 32  # of every GroupNorm, so all channel counts are multiples of 32
-QUANTIZE_ROWS = 4096  # latents compared with the codebook at a time: bounds the distance matrix
+QUANTIZE_ROWS = 256  # latents compared with the codebook at a time: bounds the distance matrix
+PART_PIXELS = 1 << 18  # that the trunk takes at a time without gradients, at least one frame
+# Elements of a norm's slice: 2 MiB stay in a core's cache; a GPU wants few and large kernels.
+SLICE = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,33 @@ class MoVQConfig:
     temporal_downsample_factor: int = 4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        object.__setattr__(self, "attn_resolutions", tuple(self.attn_resolutions))
+        for name in ("ch_mult", "attn_resolutions"):
+            if not isinstance(getattr(self, name), list | tuple):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not a list of numbers")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        # Upper bounds keep a damaged file from asking for all memory; the released sizes are far.
+        bounds = {
+            "codebook_size": (1, 1 << 24),
+            "embed_dim": (1, 4096),
+            "z_channels": (1, 4096),
+            "ch": (1, 4096),
+            "num_res_blocks": (1, 64),
+            "temporal_downsample_factor": (1, 64),
+        }
+        values = [(name, getattr(self, name), *bound) for name, bound in bounds.items()]
+        values += [("len(ch_mult)", len(self.ch_mult), 1, 8)]
+        values += [("ch_mult", mult, 1, 64) for mult in self.ch_mult]
+        values += [("attn_resolutions", level, 0, 64) for level in self.attn_resolutions]
+        for name, value, low, high in values:
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}, not a whole number from {low} to {high}")
         if any(self.ch * m % GROUPS for m in self.ch_mult):
             raise ValueError(
                 f"ch x ch_mult must be multiples of {GROUPS}: {self.ch}, {self.ch_mult}"
             )
-        if 2 ** int(math.log2(self.temporal_downsample_factor)) != self.temporal_downsample_factor:
+        if self.z_channels != self.embed_dim:  # both go through the decoder's time layers
+            raise ValueError(f"z_channels {self.z_channels} is not embed_dim {self.embed_dim}")
+        if 2**self.time_steps != self.temporal_downsample_factor:
             raise ValueError(f"temporal factor {self.temporal_downsample_factor}: a power of two")
 
     @property
@@ -112,12 +140,61 @@ class SpatialNorm(nn.Module):
         return torch.addcmul(shift, self.norm_layer(f), scale)
 
 
-def _norm(channels: int, zq_channels: int | None) -> nn.Module:
+Norm = nn.GroupNorm | SpatialNorm
+
+
+def _norm(channels: int, zq_channels: int | None) -> Norm:
     return group_norm(channels) if zq_channels is None else SpatialNorm(channels, zq_channels)
 
 
-def _apply(norm: nn.Module, x: Tensor, zq: Tensor | None) -> Tensor:
-    return norm(x) if zq is None else norm(x, zq)
+def _activate(
+    norm: Norm, x: Tensor, zq: Tensor | None = None, silu: bool = True, overwrite: bool = False
+) -> Tensor:
+    """The norm of x [N,C,H,W], then SiLU; without gradients slice by slice, on x if `overwrite`."""
+    if torch.is_grad_enabled() or not x.is_contiguous():
+        normed = norm(x) if zq is None else norm(x, zq)
+        return F.silu(normed, inplace=not torch.is_grad_enabled()) if silu else normed
+    plain = norm.norm_layer if isinstance(norm, SpatialNorm) else norm
+    if isinstance(norm, SpatialNorm) and zq is not None:
+        scale, shift = norm.conv_y(zq), norm.conv_b(zq)
+        factor = x.shape[-1] // zq.shape[-1]
+    out = x if overwrite else torch.empty_like(x)
+    width = x.shape[1] // GROUPS
+    for part in _slices(x):
+        channels = part[1]
+        weight, bias = plain.weight[channels], plain.bias[channels]
+        y = F.group_norm(x[part], len(weight) // width, weight, bias, plain.eps)
+        if zq is not None:
+            # Enlarged along the rows by copies and along the columns by broadcasting.
+            rows = y.unflatten(2, (-1, factor))  # [n,c,h,H/h,W]
+            rows.mul_(scale[part].repeat_interleave(factor, -1).unsqueeze(3))
+            rows.add_(shift[part].repeat_interleave(factor, -1).unsqueeze(3))
+        out[part] = F.silu(y, inplace=True) if silu else y
+    return out
+
+
+def _slices(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Samples and channels (whole norm groups) of contiguous x, about SLICE elements at a time."""
+    limit = SLICE["cpu" if x.device.type == "cpu" else "cuda"]
+    samples = max(1, limit // x[0].numel())
+    group = x.shape[1] // GROUPS
+    # torch normalizes groups in parallel: every thread gets one.
+    groups = min(GROUPS, max(torch.get_num_threads(), limit // x[0, :group].numel()))
+    for n in range(0, x.shape[0], samples):
+        for c in range(0, x.shape[1], groups * group):
+            yield slice(n, n + samples), slice(c, c + groups * group)
+
+
+def _in_parts(trunk: Callable[..., Tensor], pixels: int, *frames: Tensor) -> Tensor:
+    """A trunk's output for tensors [N,...]; without gradients PART_PIXELS (`pixels` a frame) each.
+
+    The trunk works frame by frame, so the parts change nothing but the memory that it takes.
+    """
+    if torch.is_grad_enabled():
+        return trunk(*frames)
+    count = max(1, PART_PIXELS // pixels)
+    parts = zip(*(one.split(count) for one in frames), strict=True)
+    return torch.cat([trunk(*part) for part in parts])
 
 
 class ResBlock(nn.Module):
@@ -133,9 +210,10 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(cin, cout, 1)
 
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(_apply(self.norm1, x, zq)))
-        h = self.conv2(F.silu(_apply(self.norm2, h, zq)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        h = self.conv1(_activate(self.norm1, x, zq))
+        h = self.conv2(_activate(self.norm2, h, zq, overwrite=True))
+        skip = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return h + skip if torch.is_grad_enabled() else h.add_(skip)
 
 
 class Attention(nn.Module):
@@ -150,15 +228,17 @@ class Attention(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
-        n, c, height, width = x.shape
-        normed = _apply(self.norm, x, zq)
-        # [N,C,h,w] -> [N,1,hw,C]; the default scale of SDPA is C^-0.5, as here.
-        q, k, v = (
-            layer(normed).reshape(n, 1, c, height * width).transpose(2, 3)
-            for layer in (self.q, self.k, self.v)
-        )
-        out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(out.transpose(2, 3).reshape(n, c, height, width))
+        tokens = _activate(self.norm, x, zq, silu=False).flatten(2).transpose(1, 2)  # [N,hw,C]
+        # With channels last in memory, torch's attention never holds all hw x hw scores; the
+        # default scale of SDPA is C^-0.5, as here.
+        q, k, v = (_pointwise(layer, tokens)[:, None] for layer in (self.q, self.k, self.v))
+        out = _pointwise(self.proj_out, F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def _pointwise(layer: nn.Conv2d, tokens: Tensor) -> Tensor:
+    """A 1x1 convolution of tokens [N,hw,C]."""
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
 
 class Downsample(nn.Module):
@@ -168,7 +248,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -179,8 +259,27 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # Of each pixel's 3x3 neighbours after enlarging, some are copies of one pixel: the sum of
+        # their weights on the small picture does the same with 4 products in place of 9.
+        n, _, height, width = x.shape
+        weight, bias = self.conv.weight, self.conv.bias
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        size = (n, len(weight), 2 * height, 2 * width)
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+        for i, rows in enumerate(_halves(weight, 2)):
+            for j, kernel in enumerate(_halves(rows, 3)):
+                part = F.conv2d(x, kernel, bias, padding=1)
+                out[:, :, i::2, j::2] = part[:, :, i : i + height, j : j + width]
+        return out
+
+
+def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The 2 taps along `dim` that 3 become on a picture not yet enlarged: even and odd pixels."""
+    first, middle, last = weight.split(1, dim)
+    return torch.cat([first, middle + last], dim), torch.cat([first + middle, last], dim)
 
 
 class CausalConv3d(nn.Module):
@@ -268,12 +367,15 @@ class _Level(nn.Module):
             Attention(cout, zq_channels) for _ in range(blocks if attention else 0)
         )
 
-    def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
+    def layers(self) -> Iterator[nn.Module]:
+        """The modules in order; a caller who applies them one by one keeps no old tensor alive."""
         for i, block in enumerate(self.block):
-            x = block(x, zq)
+            yield block
             if len(self.attn):
-                x = self.attn[i](x, zq)
-        return x
+                yield self.attn[i]
+        for resize in ("downsample", "upsample"):
+            if resize in self._modules:
+                yield getattr(self, resize)
 
 
 class Encoder(nn.Module):
@@ -304,12 +406,14 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, frames = x.shape[:2]
-        h = self.conv_in(x.flatten(0, 1))
-        for stage in self.down:
-            h = stage(h)
-            if isinstance(down := getattr(stage, "downsample", None), nn.Module):
-                h = down(h)
-        h = self.conv_out(F.silu(self.norm_out(self.mid(h)))).to(x.dtype)
+        flat, order = x.flatten(0, 1), None
+        if frames > 1 and not torch.is_grad_enabled():
+            # A frame that repeats the one before has its features, too.
+            new = [i == 0 or not torch.equal(frame, flat[i - 1]) for i, frame in enumerate(flat)]
+            distinct = torch.tensor(new)
+            flat, order = flat[distinct], distinct.cumsum(0) - 1
+        h = _in_parts(self.trunk, x[0, 0, 0].numel(), flat).to(x.dtype)
+        h = h if order is None else h[order]
         h = h.unflatten(0, (batch, frames)).transpose(1, 2).contiguous()  # [B,z,T,h,w]
         if frames == 1:  # a still image is its frame four times; the trunk has run once
             h = h.expand(-1, -1, self.repeat, -1, -1).contiguous()
@@ -321,6 +425,15 @@ class Encoder(nn.Module):
                 h = layer(h)
         return h
 
+    def trunk(self, h: Tensor) -> Tensor:
+        """Frames [N,3,H,W] -> features [N,z,H/8,W/8], each frame by itself."""
+        h = self.conv_in(h)
+        for stage in self.down:
+            assert isinstance(stage, _Level)
+            for layer in stage.layers():
+                h = layer(h)
+        return self.conv_out(_activate(self.norm_out, self.mid(h), overwrite=True))
+
 
 class Decoder(nn.Module):
     """Quantized latents [B,z,t,h,w] -> frames [B,4t,3,H,W] (the first alone for an image)."""
@@ -328,6 +441,7 @@ class Decoder(nn.Module):
     def __init__(self, cfg: MoVQConfig) -> None:
         super().__init__()
         zq = cfg.embed_dim
+        self.enlarged = cfg.spatial_factor**2  # pixels of a latent
         self.time_res_stack = nn.ModuleList(
             TimeResBlock(cfg.z_channels) for _ in range(cfg.num_res_blocks)
         )
@@ -361,13 +475,17 @@ class Decoder(nn.Module):
         frames = both.shape[2]
         h, zq = both.transpose(1, 2).flatten(1, 2).unflatten(1, (frames, -1)).split(batch)
         h, zq = h.flatten(0, 1).contiguous(), zq.flatten(0, 1).contiguous()  # [B*T,z,h,w]
+        pixels = zq[0, 0].numel() * self.enlarged
+        return _in_parts(self.trunk, pixels, h, zq).unflatten(0, (batch, frames))
+
+    def trunk(self, h: Tensor, zq: Tensor) -> Tensor:
+        """Features and latents [N,z,h,w] -> frames [N,3,H,W], each frame by itself."""
         h = self.mid(self.conv_in(h), zq)
         for stage in reversed(self.up):
-            h = stage(h, zq)
-            if isinstance(up := getattr(stage, "upsample", None), nn.Module):
-                h = up(h)
-        h = self.conv_out(F.silu(self.norm_out(h, zq)))
-        return h.unflatten(0, (batch, frames))
+            assert isinstance(stage, _Level)
+            for layer in stage.layers():
+                h = layer(h, zq)
+        return self.conv_out(_activate(self.norm_out, h, zq, overwrite=True))
 
 
 class Codebook(nn.Module):
@@ -380,12 +498,12 @@ class Codebook(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z [B,C,t,h,w] -> codes int64 [B,t,h,w]."""
-        flat = z.movedim(1, -1).reshape(-1, z.shape[1])
-        book = self.embedding.weight
+        flat = z.detach().movedim(1, -1).reshape(-1, z.shape[1])
+        book = self.embedding.weight.detach()
         # The expanded form of the distance, as the released code computes it: near-ties agree.
         norms = (book**2).sum(1)
         codes = [
-            ((rows**2).sum(1, keepdim=True) + norms - 2 * rows @ book.T).argmin(1)
+            ((rows**2).sum(1, keepdim=True) + norms).sub_((2 * rows) @ book.T).argmin(1)
             for rows in flat.split(QUANTIZE_ROWS)
         ]
         return torch.cat(codes).view(z.shape[0], *z.shape[2:])

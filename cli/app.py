@@ -7,7 +7,18 @@ import sys
 
 import typer
 
-from unimodal.cli import curate, demo, export, sample, stages, tokenize, train, train_tokenizer, why
+from unimodal.cli import (
+    curate,
+    demo,
+    export,
+    inspect,
+    sample,
+    stages,
+    tokenize,
+    train,
+    train_tokenizer,
+    why,
+)
 
 app = typer.Typer(
     name="unimodal",
@@ -26,6 +37,7 @@ app.command("sample")(sample.sample)
 for stage in ("cut", "flow", "text", "score", "dedup", "decide", "caption", "report"):
     app.command(stage, rich_help_panel="Stages of curate")(getattr(stages, stage))
 app.command("why")(why.why)
+app.command("inspect")(inspect.inspect)
 app.add_typer(export.app, name="export")
 app.command("train-tokenizer")(train_tokenizer.train_tokenizer)
 app.command("demo")(demo.demo)

@@ -1,0 +1,599 @@
+"""What a vision tokenizer makes of pictures, videos and shards: figures, and a page to look at.
+
+    media   -> the pixels that `unimodal tokenize` takes -> codes -> painted back ─┐
+    shards  -> index, codes ───────────────────────────────────────> painted back ─┴> index.html
+
+The page is one file that makes no request; what it shows lies beside it as PNG and MP4 too.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import io
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image, ImageDraw, ImageFont
+
+from unimodal.pipeline import report
+from unimodal.pipeline.clips import CLIPS
+from unimodal.pipeline.errors import MediaError, UnimodalError, reason
+from unimodal.pipeline.files import atomic
+from unimodal.pipeline.markup import Html, h
+from unimodal.pipeline.progress import Progress
+from unimodal.pipeline.report.charts import histogram
+from unimodal.pipeline.report.words import count, cut_off, share, table
+from unimodal.tokenize.device import out_of_memory
+from unimodal.tokenize.document import block_length
+from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings, windows
+from unimodal.tokenize.shards import Shards
+from unimodal.tokenize.unit import exact_arithmetic, image_pixels, video_pixels
+from unimodal.tokenize.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from unimodal.tokenize.vision.tokenizer import VisionTokenizer
+
+AMPLIFIED = 4  # times that differences are shown
+STRIP = 8  # pictures of a film strip
+SHEET = 12  # samples of a contact sheet
+PICTURES = 48  # of a video: windows after the first are taken while there are no more in all
+SAMPLED = 1 << 20  # codes over which the use of a codebook is counted
+TASK = "painted"  # of the progress
+OURS = "unimodal inspect"  # generator of the page: a folder with such a page is written again
+
+STYLE = """
+section:first-child { margin-top: 0; }
+.four { display: grid; grid-template-columns: repeat(4, 1fr); gap: .9rem; margin-top: 1rem; }
+.clip .picture { aspect-ratio: 4 / 3; }
+.clip img { width: 100%; height: 100%; object-fit: contain; }
+.columns, .panels, figure > svg { margin-top: 1.4rem; }
+video { max-width: 46rem; }
+figure { margin: 0; }
+figure > * { display: block; width: 100%; height: auto; border-radius: 4px; }
+figcaption { font-size: 13px; line-height: 1.35; color: var(--soft); margin: .35rem 0; }
+figcaption b { color: var(--ink); font-weight: 620; display: block; }
+@media (max-width: 55rem) { .four { grid-template-columns: 1fr 1fr; } }
+"""
+
+Figures = dict[str, Any]
+
+
+def look(
+    things: Sequence[str],
+    out: Path,
+    settings: TokenizeSettings,
+    *,
+    tokenizer: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Path, list[Figures]]:
+    """Look at pictures, videos, shard directories and samples (`shards#KEY`); the page is in `out`.
+
+    Media are tokenized as `unimodal tokenize` would with `settings`, uncut and uncropped, a video
+    from its beginning for one window or `PICTURES`. Shards are painted by the tokenizer beside
+    them, or by `tokenizer` if it is the same. Returns the page's path, and of each thing its
+    figures, or its `error` where another could be shown. Raises `UnimodalError` if none could, or
+    if `out` holds something else.
+    """
+    progress = progress or Progress()
+    _check_ours(out)
+    places = [_place(thing) for thing in things]
+    trained = None if all(places) else _load(tokenizer or settings.tokenizer, device)
+    sections, records = [], []
+    progress.begin(TASK, 0, "pictures")
+    for number, (thing, place) in enumerate(zip(things, places, strict=True), 1):
+        name = re.sub(r"\.\w{1,5}$|[^\w.-]+", lambda m: "-" if m[0][0] != "." else "", _name(thing))
+        stem = out / f"{number:02d}-{name[:60]}"
+        try:
+            if trained is not None and place is None:
+                eye = _Eye(trained, stem, progress, f"--area (now {settings.area})")
+                figures, body = eye.media(thing, settings)
+            elif place is not None:
+                figures, body = _stored(*place, stem, tokenizer, device, progress)
+        except (UnimodalError, OSError) as error:
+            if len(things) == 1:
+                progress.end(TASK)
+                raise
+            said = str(error) if isinstance(error, UnimodalError) else f"{thing}: {reason(error)}"
+            progress.note(f"left out: {said}")
+            records.append({"thing": thing, "error": said})
+            continue
+        records.append({"thing": thing, **figures})
+        sections.append(h("section", _heading(thing, figures), body))
+    progress.end(TASK)
+    if not sections:
+        raise UnimodalError(f"none of {len(things)} could be shown; see above")
+    lost = [h("p", f"Left out: {r['error']}", class_="reason") for r in records if "error" in r]
+    with atomic(out / "index.html") as temporary:
+        temporary.write_text(_page([*sections, *lost]), encoding="utf-8", newline="\n")
+    return out / "index.html", records
+
+
+def code_colors(codes: np.ndarray, counts: np.ndarray, factor: int = 1) -> np.ndarray:
+    """A picture of codes [H, W]: uint8 RGB [H * factor, W * factor, 3].
+
+    The hue is a hash of the code, the same in every picture; the more often a code occurs by
+    `counts` (one a code of the codebook), the more vivid it is, on a logarithmic scale.
+    """
+    often = np.log2(np.maximum(counts[codes], 1)) / math.log2(max(2, counts.max()))
+    hue = codes.astype(np.float64) * 0.6180339887 % 1  # golden ratio: neighbors are far apart
+    hsv = np.stack([255 * hue, 60 + 180 * often, 105 + 145 * often], axis=-1).astype(np.uint8)
+    colors = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    return colors.repeat(factor, 0).repeat(factor, 1)
+
+
+def difference(original: np.ndarray, painted: np.ndarray) -> np.ndarray:
+    """Absolute difference of each channel, `AMPLIFIED` times: uint8, shape of both."""
+    apart = np.abs(painted.astype(np.int16) - original)
+    return np.minimum(AMPLIFIED * apart, 255).astype(np.uint8)
+
+
+@dataclass
+class _Eye:
+    """Encodes, paints and draws with one tokenizer; its files are `stem`.png and `stem`.mp4."""
+
+    tokenizer: VisionTokenizer
+    stem: Path
+    progress: Progress
+    lower: str  # where memory is short
+
+    def media(self, uri: str, settings: TokenizeSettings) -> tuple[Figures, Html]:
+        """A picture, or a video from its beginning."""
+        book, factor = self.tokenizer.codebook_size, self.tokenizer.spatial_factor
+        vocabulary = Vocabulary.bytes(book)
+        row = _clip(uri, max(settings.seconds, PICTURES / settings.fps))
+        size = [row["width"], row["height"]]
+        try:
+            if min(size) < factor:
+                raise MediaError(f"{size[0]}x{size[1]} is under {factor} pixels on one side")
+            found = windows(row, settings, vocabulary, factor)
+            most = max(PICTURES, found[0].pictures)
+            found = [window for window in found if window.first + window.pictures <= most]
+            video = found[0].fps is not None
+            shown = video_pixels(found) if video else [image_pixels(found[0])[None]]
+            originals, codes = self._encode(shown, TEMPORAL if video else 1, settings.batch)
+        except MediaError as error:
+            raise MediaError(error.reason, uri) from error
+        painted = self.paint(codes, row["kind"] == "image")
+        figures: Figures = {"kind": row["kind"], "source_size": size}
+        if found[0].fps is not None:
+            figures |= {"windows": len(found), "fps": float(found[0].fps)}
+        tokens = sum(window.block_length(vocabulary) for window in found)
+        figures |= _counted(codes, book, tokens, painted) | _fidelity(originals, painted)
+        return figures, self.show(codes, painted, originals, figures)
+
+    def _encode(
+        self, shown: Iterable[np.ndarray], group: int, batch: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures of all windows, uint8 [F, H, W, 3], and their codes [F / group, H/8, W/8]."""
+        from unimodal.tokenize.vision.pixels import to_pixels
+
+        pictures, codes = [], []
+        with exact_arithmetic(), out_of_memory(self.lower):
+            for pixels in shown:
+                groups = pixels.reshape(-1, group, *pixels.shape[1:])
+                for at in range(0, len(groups), batch):
+                    some = self.tokenizer.encode(to_pixels(groups[at : at + batch]))
+                    codes.append(some.cpu().numpy()[:, 0])
+                pictures.append(pixels)
+        return np.concatenate(pictures), np.concatenate(codes)
+
+    def paint(self, codes: np.ndarray, image: bool) -> np.ndarray:
+        """Pictures uint8 [F, H, W, 3] of codes [T, H/8, W/8]: one of an image, else F = 4 T."""
+        import torch
+
+        from unimodal.tokenize.vision.pixels import to_uint8
+
+        painted = []
+        with out_of_memory(self.lower):
+            for frame in torch.from_numpy(codes.astype(np.int64)):
+                painted.append(to_uint8(self.tokenizer.decode(frame[None, None], image=image)[0]))
+                self.progress.advance(TASK, len(painted[-1]))
+        return np.concatenate(painted)
+
+    def show(
+        self,
+        codes: np.ndarray,
+        painted: np.ndarray,
+        originals: np.ndarray | None,
+        figures: Figures,
+    ) -> Html:
+        """Draw a picture or a video, write its files, and return its part of the page."""
+        counts = np.bincount(codes.reshape(-1), minlength=self.tokenizer.codebook_size)
+        maps = [code_colors(one, counts, self.tokenizer.spatial_factor) for one in codes]
+        about = "one square a code: equal colors are equal codes, the more vivid the more often"
+        fps, each = figures.get("fps"), figures.get("psnr_each")
+        rows = [painted] if originals is None else [originals, painted]
+        if fps is None:
+            panels = [("Reconstruction", "from the codes alone", painted[0])]
+            if originals is not None:
+                apart = difference(originals[0], painted[0])
+                panels.insert(0, ("Original", "as it is tokenized", originals[0]))
+                panels.append((f"Difference × {AMPLIFIED}", "black where equal", apart))
+            panels.append(("Codes", about, maps[0]))
+            note = None
+        else:
+            panels = []
+            for i in _even(len(painted), STRIP):
+                name = f"{i / fps:.2f} s" + (f", {each[i]:.1f} dB" if each else "")
+                stack = np.concatenate([*(row[i] for row in rows), maps[i // TEMPORAL]])
+                panels.append((name, "", stack))
+            order = "Original, reconstruction" if originals is not None else "Reconstruction"
+            note = h("p", f"{order} and codes, from top to bottom. Codes: {about}.", class_="note")
+        _sheet(self.stem, [(name, pixels) for name, _, pixels in panels], STRIP)
+        return h(
+            "div",
+            note,
+            h("div", (_figure(*panel) for panel in panels), class_="four"),
+            _tiles(figures),
+            h("h3", "In motion") if fps else None,
+            _movie(self.stem, np.concatenate(rows, axis=2), fps) if fps else None,
+            _bars(each) if each else None,
+        )
+
+
+def _stored(
+    folder: Path,
+    key: str | None,
+    stem: Path,
+    tokenizer: str | None,
+    device: str,
+    progress: Progress,
+) -> tuple[Figures, Html]:
+    """A shard directory, or one sample of it."""
+    shards = Shards.open(folder)
+    row = None if key is None else _find(shards, key)
+    try:
+        trained = _load(tokenizer or shards.vision_tokenizer_dir, device)
+        made = shards.manifest["vision_tokenizer"]["digest"]
+        if trained.digest != made:
+            raise UnimodalError(f"the weights are another tokenizer's, {trained.digest[:12]}")
+    except UnimodalError as error:
+        said = f"{folder} cannot be painted ({error}): name its tokenizer, --tokenizer DIR"
+        if row is not None or tokenizer is not None:
+            raise UnimodalError(said) from error
+        progress.note(said)
+        return _overview(shards, None)
+    eye = _Eye(trained, stem, progress, "the area that shards are made with")
+    if row is None:
+        return _overview(shards, eye)
+    told = shards.index.slice(row, 1).to_pylist()[0]
+    codes = shards.codes(row).astype(np.int64)
+    painted = eye.paint(codes, told["kind"] == "image")
+    names = ("key", "uid", "split", "start_s", "end_s", "fps", "source_sha256", "shard")
+    facts: Figures = {name: told[name] for name in names if told[name] is not None}
+    figures = _counted(codes, trained.codebook_size, _length(shards, told), painted)
+    figures = {"kind": "sample", **facts, **figures}
+    captions = [(c["style"], c["lang"], c["text"], c["tokens"]) for c in told["captions"]]
+    body = [
+        eye.show(codes, painted, None, figures),
+        table(("Caption", "Language", "Text", "Tokens"), captions) if captions else None,
+        table(("Of the index", ""), ((name, str(value)) for name, value in facts.items())),
+    ]
+    return figures | {"captions": told["captions"]}, h("div", body)
+
+
+def _overview(shards: Shards, eye: _Eye | None) -> tuple[Figures, Html]:
+    """What a shard directory holds, from its index and a bounded number of its codes."""
+    index, totals, files = shards.index, shards.manifest["totals"], shards.manifest["shards"]
+    book = int(shards.manifest["vision_tokenizer"]["codebook_size"])
+    columns = ["kind", "frames", "height", "width", "fps"]
+    sizes = index.group_by(columns).aggregate([([], "count_all")]).to_pylist()
+    sizes.sort(key=lambda size: (-size["count_all"], *map(str, size.values())))
+    lengths = [_length(shards, size) for size in sizes]
+    numbers = [size["count_all"] for size in sizes]
+    said = pa.Table.from_struct_array(pc.list_flatten(index["captions"]).combine_chunks())
+    said = said.group_by(["style", "lang"]).aggregate([([], "count_all"), ("tokens", "sum")])
+    captions = said.sort_by([("count_all", "descending")]).to_pylist()
+    some = _even(len(index), max(1, SAMPLED * len(index) // totals["vision_codes"]))
+    codes = np.concatenate([shards.codes(row).reshape(-1) for row in some])
+    counts = np.bincount(codes, minlength=book)
+    figures: Figures = {
+        "kind": "shards",
+        **totals,
+        "images": sum(size["count_all"] for size in sizes if size["kind"] == "image"),
+        "windows": sum(size["count_all"] for size in sizes if size["kind"] == "video"),
+        "shards": len(files),
+        "bytes": sum(shard["bytes"] for shard in files),
+        "codes": totals["vision_codes"],
+        "tokens": sum(n * each for n, each in zip(numbers, lengths, strict=True)),
+        "captions": captions,
+        "uncaptioned": int((pc.list_value_length(index["captions"]).to_numpy() == 0).sum()),
+        "sizes": sizes,
+        "counted": len(codes),
+        **_used(codes, book),
+    }
+    spoken = [
+        (c["style"], c["lang"], f"{c['count_all']:,}", f"{c['tokens_sum']:,}") for c in captions
+    ]
+    shapes = [
+        (
+            size["kind"],
+            _by(size[name] for name in columns[1 if size["fps"] else 2 : 4]),
+            f"{size['fps']:g}" if size["fps"] else "",
+            f"{size['count_all']:,}",
+        )
+        for size in sizes[:10]
+    ]
+    panels = [
+        ("Tokens of a sample", "without its captions", np.repeat(lengths, numbers)),
+        ("Uses of a code", f"of those that occur among {len(codes):,}", counts[counts > 0]),
+    ]
+    drawn = []
+    for name, about, values in panels:
+        chart = histogram(values, values[:0], [], f"{name}: {values.min()} to {values.max()}")
+        drawn.append(h("figure", h("figcaption", h("b", name), about), chart, class_="panel"))
+    sheet = [h("h3", "Painted from the codes"), _contact(shards, eye)] if eye else None
+    tables = [
+        table(("Captions", "Language", "Number", "Tokens"), spoken),
+        table(("Kind", "Codes", "Pictures a second", "Samples"), shapes),
+    ]
+    body = [_tiles(figures), h("div", tables, class_="columns"), h("div", drawn, class_="panels")]
+    return figures, h("div", body, sheet)
+
+
+def _contact(shards: Shards, eye: _Eye) -> Html:
+    """A few samples, evenly out of all; of a video the picture in its middle."""
+    cards, pictures = [], []
+    for row in _even(len(shards.index), SHEET):
+        told = shards.index.slice(row, 1).to_pylist()[0]
+        codes = shards.codes(row)
+        image = told["kind"] == "image"
+        picture = eye.paint(codes[len(codes) // 2][None], image)[0]
+        when = "" if image else f", {told['start_s']:.1f} to {told['end_s']:.1f} s"
+        about = f"{_by(codes.shape[image:])} codes{when}; {told['split']}"
+        text = cut_off(told["captions"][0]["text"], 200) if told["captions"] else None
+        words = [h("p", f"#{told['key']}", class_="name"), h("p", about, class_="span")]
+        words += [h("p", text, class_="caption", dir="auto")] if text else []
+        shown = h("div", _image(picture, told["key"]), class_="picture")
+        cards.append(h("article", shown, h("div", words, class_="words"), class_="clip"))
+        pictures.append((told["key"], picture))
+    _sheet(eye.stem, pictures, 4)
+    return h("div", cards, class_="grid")
+
+
+def _place(thing: str) -> tuple[Path, str | None] | None:
+    """Shard directory and key of a sample, if `thing` means such; None for media."""
+    folder, mark, key = thing.rpartition("#")
+    if mark and not Path(thing).exists() and Path(folder).is_dir():
+        return Path(folder), key
+    return (Path(thing), None) if Path(thing).is_dir() else None
+
+
+def _check_ours(out: Path) -> None:
+    """Raise `UnimodalError` if writing into `out` could overwrite something."""
+    page = out / "index.html"
+    ours = page.is_file() and OURS in page.read_text("utf-8", "replace")[:2000]
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not ours):
+        raise UnimodalError(f"{out} is there and holds no page of ours: choose another -o")
+
+
+def _load(name: str | Path, device: str) -> VisionTokenizer:
+    from unimodal.tokenize.vision.tokenizer import VisionTokenizer as Trained
+
+    return Trained.load(name, device)
+
+
+def _find(shards: Shards, key: str) -> int:
+    """Row of the sample called `key`."""
+    keys = shards.index["key"].to_pylist()
+    at = bisect_left(keys, key)
+    if keys[at : at + 1] == [key]:
+        return at
+    near = difflib.get_close_matches(key, keys[max(0, at - 2000) : at + 2000], n=1, cutoff=0)
+    raise UnimodalError(f"no sample {key} in {shards.path}: the nearest is {near[0]}")
+
+
+def _clip(uri: str, seconds: float) -> Figures:
+    """The row of clips.parquet for a whole picture, or for about `seconds` of a video."""
+    from unimodal.pipeline.fetch import local
+    from unimodal.pipeline.media import open_video, probe, read_image
+
+    row: Figures = dict.fromkeys(CLIPS.names) | {"uid": "this", "uri": uri}
+    if probe(uri).kind == "image":
+        height, width = read_image(uri).shape[:2]
+        return row | {"kind": "image", "width": width, "height": height}
+    with local(uri, keep=True) as path, open_video(path) as video:
+        pts: list[int] = []
+        tick, end = video.time_base, None
+        step = round(1 / ((video.probe.fps or 25) * tick))
+        for frame in video.frames():
+            if pts and (frame.pts - pts[0]) * tick >= seconds:
+                end = frame.pts
+                break
+            pts.append(frame.pts)
+            step = frame.duration or step
+        end = pts[-1] + max(1, step) if end is None else end
+        row |= {"kind": "video", "width": video.probe.width, "height": video.probe.height}
+    row |= {"start_pts": pts[0], "end_pts": end, "time_base": str(tick), "frames": len(pts)}
+    return row | {"start_s": 0.0, "end_s": float((end - pts[0]) * tick)}
+
+
+def _length(shards: Shards, told: Mapping[str, Any]) -> int:
+    """Tokens of a sample's vision block."""
+    moving = (told["frames"], told["fps"]) if told["kind"] == "video" else ()
+    return block_length(shards.vocabulary, told["height"], told["width"], *moving)
+
+
+def _counted(codes: np.ndarray, book: int, tokens: int, painted: np.ndarray) -> Figures:
+    """Figures of codes [T, h, w] that stand for the pictures `painted` [F, H, W, 3]."""
+    bits = codes.size * math.log2(book)
+    return {
+        "size": [painted.shape[2], painted.shape[1]],
+        "pictures": len(painted),
+        "grid": list(codes.shape),
+        "codes": codes.size,
+        "tokens": tokens,
+        "bits": bits,
+        "bits_per_pixel": bits / (painted.size / 3),
+        **_used(codes, book),
+    }
+
+
+def _used(codes: np.ndarray, book: int) -> Figures:
+    import torch
+
+    from unimodal.tokenize.vision.metrics import codebook_usage
+
+    used, perplexity = codebook_usage(torch.from_numpy(codes.astype(np.int64)), book)
+    return {"codebook": book, "distinct": round(used * book), "perplexity": perplexity}
+
+
+def _fidelity(originals: np.ndarray, painted: np.ndarray) -> Figures:
+    """PSNR in dB and SSIM, means over the pictures; SSIM is None under its window's 11 pixels."""
+    import torch
+
+    from unimodal.tokenize.vision.metrics import psnr, ssim
+
+    each, alike = [], []
+    for pair in zip(originals, painted, strict=True):
+        a, b = (torch.from_numpy(np.moveaxis(one, -1, 0)[None].copy()).float() for one in pair)
+        each.append(float(psnr(a, b)))
+        alike.append(float(ssim(a, b)) if min(a.shape[2:]) >= 11 else math.nan)
+    mean = None if math.isnan(alike[0]) else float(np.mean(alike))
+    return {"psnr": float(np.mean(each)), "ssim": mean} | ({"psnr_each": each} if each[1:] else {})
+
+
+def _page(body: Sequence[Html]) -> str:
+    style = (Path(report.__file__).parent / "style.css").read_text("utf-8") + STYLE
+    policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+    head = [
+        h("meta", charset="utf-8"),
+        h("meta", name="generator", content=OURS),
+        h("meta", http_equiv="Content-Security-Policy", content=policy),
+        h("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        h("title", OURS),
+        h("style", Html(style)),
+    ]
+    top = h("header", h("p", "unimodal", h("span", "inspect"), class_="brand"))
+    page = h("html", h("head", head), h("body", top, h("main", body)), lang="en")
+    return f"<!doctype html>\n{page}\n"
+
+
+def _heading(thing: str, figures: Figures) -> list[Html]:
+    claim = about = f"{figures['codes']:,} codes"
+    if figures["kind"] == "shards":
+        claim = count(figures["samples"], "sample")
+        about = f"{count(figures['images'], 'image')} and {count(figures['windows'], 'window')} of "
+        about += f"videos in {count(figures['shards'], 'shard')}; {figures['val']:,} to validate"
+    else:
+        about += f" of {count(figures['pictures'], 'picture')}, {_by(figures['size'])} pixels"
+    if "psnr" in figures:
+        claim = f"{figures['psnr']:.2f} dB"
+        about += f" (the file: {_by(figures['source_size'])})"
+    if "fps" in figures:
+        about += f", {figures['fps']:g} a second"
+    name = h("bdi", cut_off(_name(thing), 80), title=thing)
+    return [h("h1", name, " ", h("strong", claim)), h("p", about, class_="from")]
+
+
+def _by(sizes: Iterable[int]) -> str:
+    return " × ".join(map(str, sizes))
+
+
+def _tiles(figures: Figures) -> Html:
+    book, grid = figures["codebook"], figures.get("grid", [])
+    tiles = [
+        ("Codes", f"{figures['codes']:,}", _by(grid[0 if "fps" in figures else 1 :])),
+        ("Tokens", f"{figures['tokens']:,}", "of vision blocks"),
+        (
+            "Codebook used",
+            share(figures["distinct"], book),
+            f"{figures['distinct']:,} of {book:,}; perplexity {figures['perplexity']:,.0f}",
+        ),
+    ]
+    if "bits" in figures:
+        rate = f"{figures['bits_per_pixel']:.3f} bits a pixel, {math.log2(book):.4g} a code"
+        tiles.append(("Size", f"{figures['bits'] / 8192:,.2f} KiB", rate))
+    if "psnr" in figures:
+        ssim = f"SSIM {figures['ssim']:.3f}" if figures["ssim"] is not None else ""
+        tiles.insert(0, ("PSNR", f"{figures['psnr']:.2f} dB", ssim))
+    if figures["kind"] == "shards":
+        said = sum(caption["count_all"] for caption in figures["captions"])
+        tiles += [
+            ("Captions", f"{said:,}", f"{count(figures['uncaptioned'], 'sample')} without"),
+            ("Quarantined", f"{figures['quarantined']:,}", "clips left out"),
+        ]
+    parts = (h("div", h("dt", k), h("dd", h("b", v), h("span", about))) for k, v, about in tiles)
+    return h("dl", parts, class_="tiles")
+
+
+def _figure(name: str, about: str, pixels: np.ndarray) -> Html:
+    return h("figure", _image(pixels, name), h("figcaption", h("b", name), about))
+
+
+def _image(pixels: np.ndarray, alt: str) -> Html:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    height, width = pixels.shape[:2]
+    source = _data("image/png", file.getvalue())
+    return h("img", src=source, width=width, height=height, alt=alt)
+
+
+def _data(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _bars(each: Sequence[float]) -> Html:
+    """PSNR of each picture."""
+    low, high = math.floor(min(each)) - 1, math.ceil(max(each))
+    step, unit = 1000 / len(each), 100 / (high - low)
+    path = "".join(
+        f"M{i * step:.1f} 110V{110 - (value - low) * unit:.1f}h{step * 0.86:.1f}V110z"
+        for i, value in enumerate(each)
+    )
+    label = f"PSNR of each picture, on a scale from {low} to {high} dB"
+    drawn = h("svg", h("path", class_="keep", d=path), viewBox="0 0 1000 112", role="img")
+    about = "; four pictures share their codes and are painted together"
+    return h("figure", drawn, h("figcaption", label, about))
+
+
+def _sheet(stem: Path, pictures: Sequence[tuple[str, np.ndarray]], columns: int) -> None:
+    """Write named pictures side by side as `stem`.png, `columns` to a row."""
+    width = max(pixels.shape[1] for _, pixels in pictures) + 8
+    height = max(pixels.shape[0] for _, pixels in pictures) + 26
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (width * min(columns, len(pictures)) + 8, height * rows + 8), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for i, (name, pixels) in enumerate(pictures):
+        left, top = 8 + width * (i % columns), 8 + height * (i // columns)
+        draw.text((left, top), name[: width // 8], "black", font)
+        sheet.paste(Image.fromarray(pixels), (left, top + 18))
+    with atomic(stem.with_name(f"{stem.name}.png")) as temporary:
+        sheet.save(temporary, "PNG")
+
+
+def _movie(stem: Path, pictures: np.ndarray, fps: float) -> Html:
+    """Write uint8 [F, H, W, 3] as `stem`.mp4; returns the element that plays it."""
+    import av
+
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    path = stem.with_name(f"{stem.name}.mp4")
+    with atomic(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
+        stream.height, stream.width = pictures.shape[1:3]
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "14"}
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    played = dict.fromkeys(("controls", "loop", "muted", "autoplay", "playsinline"), True)
+    return h("figure", h("video", src=_data("video/mp4", path.read_bytes()), **played))
+
+
+def _name(thing: str) -> str:
+    return Path(thing).name or thing
+
+
+def _even(total: int, most: int) -> list[int]:
+    """Up to `most` of range(total), evenly out of all."""
+    return sorted({round(i) for i in np.linspace(0, total - 1, min(total, most))})

@@ -30,8 +30,6 @@ from unimodal.tokenize.device import usable
 from unimodal.tokenize.plan import PACKED, Clips, TokenizeSettings, clips_file, kept_clips, units
 from unimodal.tokenize.shards import Shards, ShardWriter, check_ours, shard_paths
 from unimodal.tokenize.unit import KEPT, PLAN, STAGE, Setup, VisionTokenizer
-from unimodal.tokenize.unit import exact_arithmetic as _exact_arithmetic  # noqa: F401
-from unimodal.tokenize.unit import image_pixels, video_pixels  # noqa: F401
 from unimodal.tokenize.vocabulary import Vocabulary
 
 __all__ = ["TokenizeSettings", "tokenize"]

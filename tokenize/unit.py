@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 PLAN = "plan.arrow"
 """The kept clips in the order of tokenizing; in the directory of shards while they are made."""
 STAGE = "tokenize"
-TICK_S = 10.0
+TICK_S = 5.0
 """How often a worker that encodes says that it is alive: a large batch takes minutes on a CPU."""
 
 Picture = np.ndarray | Exception
@@ -124,9 +124,10 @@ def do_unit(job: Job, step: Step, poison: Mapping[str, str], tell: Tell) -> None
     Things that are told of are `<part>#<number of the clip in the unit>`. Raises `UnimodalError`
     if the run cannot go on (memory, disk); a clip that cannot be read raises nothing.
     """
-    import torch
-
     out, facts = Path(step.folder), step.settings
+    with _alive(tell):
+        import torch
+
     if job.threads:  # the worker's share; codes are the same for any number
         torch.set_num_threads(min(job.threads, torch.get_num_threads()))
     try:

@@ -316,6 +316,18 @@ def test_presets_are_valid_settings() -> None:
         assert json.dumps(TokenizeSettings(**preset).model_dump())
 
 
+def test_the_chat_preset_keeps_sizes_as_the_released_processor_does() -> None:
+    config = TokenizeSettings(**PRESETS["emu3-chat"])
+    sizes = {(1920, 1080): (752, 1360), (640, 480): (480, 640), (100, 50): (368, 728)}
+    for (width, height), expected in sizes.items():
+        (window,) = windows(image(width=width, height=height), config, VOCABULARY)
+        assert window.size == expected
+    with pytest.raises(MediaError, match=r"more than 5 times as long as wide \(max_aspect\)"):
+        windows(image(width=510, height=100), config, VOCABULARY)
+    wider = config.model_copy(update={"max_aspect": 6.0})
+    assert windows(image(width=510, height=100), wider, VOCABULARY)
+
+
 def test_emu3_windows_are_those_of_the_paper() -> None:
     row = video(seconds=6, width=512, height=512)
     (first, second) = windows(row, TokenizeSettings(**PRESETS["emu3"]), VOCABULARY)

@@ -318,7 +318,7 @@ def test_presets_are_valid_settings() -> None:
 
 def test_the_chat_preset_keeps_sizes_as_the_released_processor_does() -> None:
     config = TokenizeSettings(**PRESETS["emu3-chat"])
-    sizes = {(1920, 1080): (752, 1360), (640, 480): (480, 640), (100, 50): (368, 728)}
+    sizes = {(1920, 1080): (768, 1360), (640, 480): (480, 640), (100, 50): (368, 728)}
     for (width, height), expected in sizes.items():
         (window,) = windows(image(width=width, height=height), config, VOCABULARY)
         assert window.size == expected

@@ -33,6 +33,7 @@ class Span:
     start_pts: int | None = None
     end_pts: int | None = None
     fps: float | None = None
+    box: tuple[int, ...] | None = None  # x0, y0, x1, y1: the picture without letterbox bars
 
 
 @dataclass
@@ -83,11 +84,16 @@ def _from_run(table: Path) -> list[Span]:
     import pyarrow.parquet as pq
 
     columns = ["uri", "kind", "start_pts", "end_pts", "fps", "verdict"]
-    return [
-        Span(row["uri"], row["kind"] == "video", row["start_pts"], row["end_pts"], row["fps"])
-        for row in pq.read_table(table, columns=columns).to_pylist()
-        if row["verdict"] == "keep"
-    ]
+    corners = ["crop_x0", "crop_y0", "crop_x1", "crop_y1"]
+    there = [name for name in corners if name in pq.read_schema(table).names]
+    spans = []
+    for row in pq.read_table(table, columns=columns + there).to_pylist():
+        if row["verdict"] == "keep":
+            found = [row.get(name) for name in corners]
+            box = None if None in found else tuple(int(side) for side in found)
+            video = row["kind"] == "video"
+            spans.append(Span(row["uri"], video, row["start_pts"], row["end_pts"], row["fps"], box))
+    return spans
 
 
 def _from_files(item: str) -> list[Span]:
@@ -130,7 +136,7 @@ def load_bank(
                 (bank.held_clips if out else bank.clips).extend(groups)
                 held += sum(g.nbytes for g in groups)
             else:
-                picture = _picture(span.uri, short_side)
+                picture = _picture(span, short_side)
                 (bank.held_pictures if out else bank.pictures).append(picture)
                 held += picture.nbytes
         except MediaError as error:
@@ -150,10 +156,12 @@ def _target(height: int, width: int, short_side: int) -> tuple[int, int]:
     return max(8, round(height * scale)), max(8, round(width * scale))
 
 
-def _picture(uri: str, short_side: int) -> np.ndarray:
+def _picture(span: Span, short_side: int) -> np.ndarray:
     from unimodal.pipeline.media import read_image
 
-    pixels = read_image(uri)
+    pixels = read_image(span.uri)
+    if span.box:
+        pixels = pixels[span.box[1] : span.box[3], span.box[0] : span.box[2]]
     return resize(pixels, _target(pixels.shape[0], pixels.shape[1], short_side))
 
 
@@ -163,6 +171,9 @@ def _clips(span: Span, short_side: int, fps: float, frames: int) -> Iterator[np.
 
     shown = probe(span.uri)
     size = _target(shown.height, shown.width, short_side // 2)
+    x0, y0, x1, y1 = span.box or (0, 0, shown.width, shown.height)
+    rows = slice(y0 * size[0] // shown.height, y1 * size[0] // shown.height)
+    columns = slice(x0 * size[1] // shown.width, x1 * size[1] // shown.width)
     rate = span.fps or shown.fps or 25.0
     step = max(1, round(rate / fps))
     every = max(frames * step, round(rate * WINDOW_SECONDS))
@@ -171,7 +182,7 @@ def _clips(span: Span, short_side: int, fps: float, frames: int) -> Iterator[np.
     for index, (_, pixels) in enumerate(islice(shots, MAX_WINDOWS * every)):
         offset = index % every
         if offset % step == 0 and offset < frames * step:
-            group.append(pixels)
+            group.append(pixels[rows, columns])
             if len(group) == frames:
                 yield np.stack(group)
                 group = []

@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -113,11 +116,11 @@ def test_records_tell_losses_and_held_out_quality(whole: Path) -> None:
 
 
 def test_from_a_start_it_soon_paints_better(pictures: Path, tmp_path: Path) -> None:
-    sets = ["steps=40", "log_every=1", "optimizer.lr=3e-3", "loss.adversarial=0", "ema=0.5"]
-    sets += ["save_every=40", "network.ch_mult=[1,1,1,4]", "data.val_fraction=0"]
+    sets = ["steps=24", "log_every=1", "optimizer.lr=4e-3", "loss.adversarial=0", "ema=0.5"]
+    sets += ["save_every=24", "network.ch_mult=[1,1,1,4]", "data.val_fraction=0"]
     train_tokenizer([pictures], tmp_path, _settings(*sets))
     l2 = [row["l2"] for row in _rows(tmp_path)]
-    assert np.mean(l2[-5:]) < 0.7 * np.mean(l2[:3])
+    assert np.mean(l2[-5:]) < 0.8 * np.mean(l2[:3])
 
 
 @pytest.mark.parametrize("kind", ["ema", "gradient"])
@@ -182,6 +185,40 @@ def test_crops_depend_on_their_place_alone_and_ranks_share_them_out() -> None:
         assert len({crop.tobytes() for crop in together}) == len(together)
     assert shapes == {(16, 1), (4, 4), (2, 8)}
     assert not np.array_equal(banks.batch(bank, 7, 0, **cut), banks.batch(bank, 8, 0, **cut))
+
+
+def test_clips_of_a_run_are_learned_without_their_bars(
+    tmp_path: Path, whole: Path, write_video: Callable[..., Path], moving: Callable[..., Any]
+) -> None:
+    frames = [np.pad(f, ((16, 16), (0, 0), (0, 0))) for f in moving(50, (96, 128))]
+    names = ["a.mp4", "b.mp4", "c.mp4"]
+    share = next(f / 100 for f in range(100) if sum(held_out(n, f / 100) for n in names) == 1)
+    rows = [
+        {"uri": str(write_video(tmp_path / name, frames)), "kind": "video", "verdict": "keep"}
+        | {"start_pts": None, "end_pts": None, "fps": 25.0}
+        | {"crop_x0": 0, "crop_y0": 16, "crop_x1": 128, "crop_y1": 112}
+        for name in names
+    ]
+    rows.append({**rows[0], "uri": "nowhere.mp4", "verdict": "drop"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "clips.parquet")
+    data = banks.load_bank(
+        list_spans([tmp_path]),
+        short_side=512,
+        fps=12.0,
+        frames=8,
+        val_fraction=share,
+        limit_bytes=1 << 30,
+        progress=Progress(),
+    )
+    assert [clip.shape for clip in data.clips] == [(8, 96, 128, 3)] * 2
+    assert all(np.abs(clip[:, [0, -1]].mean()) > 30 for clip in data.clips)
+    # The texture moves by a pixel a frame, so two pixels from one kept frame to the next.
+    clip = data.clips[0].astype(int)
+    assert np.abs(clip[1, :, 2:] - clip[0, :, :-2]).mean() < 6
+    assert np.abs(clip[1] - clip[0]).mean() > 6
+    sets = ["steps=4", "data.clip_frames=8", f"data.val_fraction={share}", "batch=8"]
+    train_tokenizer([tmp_path], tmp_path / "out", _settings(*sets), init=whole)
+    assert {"val_video_psnr", "val_video_usage"} <= _rows(tmp_path / "out")[-1].keys()
 
 
 def test_holding_out_goes_by_name_and_share() -> None:

@@ -9,12 +9,12 @@ import typer
 
 from unimodal.cli import options
 
-app = typer.Typer(help="Write clips as files.", no_args_is_help=True)
+app = typer.Typer(help="Write clips or a tokenizer as files.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Write clips as files."""
+    """Write clips or a tokenizer as files."""
 
 
 @app.command("clips")
@@ -56,4 +56,29 @@ def clips(
         raise UnimodalError(f"none of {len(done.failed)} clips could be written; see above")
     record = {"written": done.written, "kept": done.kept, "failed": len(done.failed)}
     console.table(f"files in {out}", list(record.items()), quiet)
+    console.result(out, record, json)
+
+
+@app.command("tokenizer")
+def tokenizer(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME|DIR", help="A shipped tokenizer, or its directory.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the two files.")],
+    naming: Annotated[
+        str,
+        typer.Option(help="original: as released; transformers: for Emu3VQVAE.from_pretrained."),
+    ] = "original",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write a vision tokenizer as config.json and model.safetensors, under either naming."""
+    from unimodal.cli import console
+    from unimodal.tokenize.vision.tokenizer import VisionTokenizer
+
+    loaded = VisionTokenizer.load(console.from_stdin(name))
+    loaded.save(out, naming)
+    record = {"naming": naming, "codes": loaded.codebook_size, "digest": loaded.digest}
+    console.table(f"tokenizer in {out}", list(record.items()), quiet)
     console.result(out, record, json)

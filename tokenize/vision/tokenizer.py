@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.errors import UsageError
 from unimodal.pipeline.files import atomic
 from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
-from unimodal.tokenize.vision.weights import from_transformers, is_transformers
+from unimodal.tokenize.vision.weights import (
+    check,
+    config_dict,
+    read_config,
+    read_state,
+    to_transformers,
+)
 
 SHIPPED = {"small": Path(__file__).parent / "small"}
-GROUP = 4  # frames of one latent frame
-_ALIASES = {  # names in transformers' config.json
-    "base_channels": "ch",
-    "channel_multiplier": "ch_mult",
-    "latent_channels": "z_channels",
-}
 
 
 class VisionTokenizer:
@@ -39,30 +39,32 @@ class VisionTokenizer:
         self.digest = _digest(model)
 
     @classmethod
-    def load(cls, name: str | Path, device: str = "cpu") -> VisionTokenizer:
-        """Load a shipped tokenizer by name, or a directory; raises `UnimodalError`."""
+    def load(
+        cls, name: str | Path, device: str = "cpu", channels_last: bool = False
+    ) -> VisionTokenizer:
+        """Load a shipped tokenizer by name, or a directory; raises `UnimodalError`.
+
+        `channels_last` lays tensors out as some GPUs like them; sums in another order make some
+        codes in thousands differ from those of the default.
+        """
         directory = SHIPPED.get(str(name), Path(name))
         if not (directory / "config.json").exists():
             raise UsageError(
                 f"{name}: no vision tokenizer; give one of {', '.join(SHIPPED)}, or a directory "
                 "with config.json and model.safetensors"
             )
-        model = MoVQ(_read_config(directory / "config.json"))
-        files = sorted(directory.glob("*.safetensors"))
-        files = [f for f in files if f.name != "state.safetensors"]  # a trainer's, not weights
-        if not files:
-            raise UnimodalError(f"{directory}: no *.safetensors with the tokenizer's weights")
-        state: dict[str, Tensor] = {}
-        for file in files:
-            try:
-                state |= load_file(file)
-            except (OSError, SafetensorError) as error:
-                raise UnimodalError(f"{file} cannot be read ({error}): copy it again") from error
-        if is_transformers(state):
-            state = from_transformers(state)
-        _check(directory, model, state)
-        model.load_state_dict(state)
-        return cls(model.to(device))
+        cfg = read_config(directory / "config.json")
+        with torch.device("meta"):  # a wrong configuration takes no memory
+            model = MoVQ(cfg)
+        state = read_state(directory)
+        check(directory, model.state_dict(), state)
+        model.load_state_dict(state, assign=True)
+        tokenizer = cls(model.to(device))
+        if channels_last:  # a convolution's output takes the layout of its weights
+            for layer in model.modules():
+                if isinstance(layer, nn.Conv2d):
+                    layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return tokenizer
 
     @property
     def codebook_size(self) -> int:
@@ -78,87 +80,107 @@ class VisionTokenizer:
     def encode(self, pixels: Tensor, joint: bool = False) -> Tensor:
         """Codes of frames in [-1, 1].
 
-        `pixels`: float [B, T, 3, H, W], T = 1 for images, else a multiple of 4, sides multiples of
-        8. Returns int64 [B, T', H/8, W/8], T' = 1 for images, else T/4. The groups of four frames
-        are encoded each by itself, as the released demo does; `joint` lets later groups see
-        earlier ones, which gives other codes.
+        `pixels`: float [B, T, 3, H, W], T = 1 for images. Returns int64 [B, T', H/8, W/8], T' = 1
+        for images, else T/4; what is under a code's 8 pixels at the right and bottom is dropped, as
+        in the released code. If T is not a multiple of 4, the last frame is repeated (the released
+        code drops frames, and fails for 2 or 3). The groups of four frames are encoded each by
+        itself, as the released demo does; `joint` lets later groups see earlier ones, which gives
+        other codes. Raises `ValueError` for another shape or type, sides under 8, or pixels that
+        are not finite.
         """
-        batch, frames = pixels.shape[:2]
-        if frames > 1 and frames % GROUP:
-            raise ValueError(f"{frames} frames: give 1 (images) or a multiple of {GROUP}")
+        if pixels.ndim != 5 or pixels.shape[2] != 3 or 0 in pixels.shape:
+            raise ValueError(f"pixels are {list(pixels.shape)}, not [B, T, 3, H, W]")
+        if not pixels.is_floating_point():
+            raise ValueError(f"pixels are {pixels.dtype}, not floating point in [-1, 1]")
+        if min(pixels.shape[3:]) < self.spatial_factor:
+            raise ValueError(f"sides {list(pixels.shape[3:])}: under {self.spatial_factor} pixels")
         pixels = pixels.to(self._device, torch.float32).contiguous()
-        if frames == 1 or joint:
+        if not torch.isfinite(pixels).all():
+            raise ValueError("pixels are not all finite")
+        batch, frames = pixels.shape[:2]
+        if frames == 1:
             return self.model.encode(pixels)
-        groups = pixels.view(batch * (frames // GROUP), GROUP, *pixels.shape[2:])
-        return self.model.encode(groups).view(batch, frames // GROUP, *self._grid(pixels))
+        if more := -frames % self.group:
+            pixels = torch.cat([pixels, pixels[:, -1:].expand(-1, more, -1, -1, -1)], 1)
+        if joint:
+            return self.model.encode(pixels)
+        groups = pixels.reshape(-1, self.group, *pixels.shape[2:])
+        return self.model.encode(groups).unflatten(0, (batch, -1)).flatten(1, 2)
+
+    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Codes [B, T', h, w] of a video that comes in pieces [B, T, 3, H, W], as they come.
+
+        The pieces have any number of frames each and are joined to groups of four, so the codes of
+        all are those that `encode` gives for the whole; what is held at a time is one piece.
+        """
+        rest: Tensor | None = None
+        for piece in pieces:
+            piece = piece if rest is None else torch.cat([rest, piece], 1)
+            whole = piece.shape[1] // self.group * self.group
+            if whole:
+                yield self.encode(piece[:, :whole])
+            rest = piece[:, whole:]
+        if rest is not None and rest.shape[1]:
+            last = rest[:, -1:].expand(-1, self.group - rest.shape[1], -1, -1, -1)
+            yield self.encode(torch.cat([rest, last], 1))
 
     @torch.no_grad()
     def decode(self, codes: Tensor, image: bool = False, joint: bool = False) -> Tensor:
         """Frames of codes int64 [B, T', h, w]: float32 [B, 4 T', 3, 8h, 8w], not clipped.
 
-        `image` (T' = 1) renders the one frame that a still image is: [B, 1, 3, 8h, 8w].
+        `image` (T' = 1) renders the one frame that a still image is: [B, 1, 3, 8h, 8w]. Raises
+        `ValueError` for another shape or type, or codes that the codebook does not have.
         """
-        codes = codes.to(self._device)
-        batch, latent_frames = codes.shape[:2]
+        if codes.ndim != 4 or 0 in codes.shape or (image and codes.shape[1] != 1):
+            wanted = "[B, 1, h, w]" if image else "[B, T', h, w]"
+            raise ValueError(f"codes are {list(codes.shape)}, not {wanted}")
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise ValueError(f"codes are {codes.dtype}, not whole numbers")
+        codes = codes.to(self._device, torch.int64)
+        low, high = codes.aminmax()
+        if low < 0 or high >= self.codebook_size:
+            raise ValueError(
+                f"codes {low} to {high}: the codebook has 0 to {self.codebook_size - 1}"
+            )
         if image or joint:
             return self.model.decode(codes, image)
-        groups = codes.reshape(batch * latent_frames, 1, *codes.shape[2:])
-        painted = self.model.decode(groups)
-        return painted.view(batch, latent_frames * GROUP, *painted.shape[2:])
+        painted = self.model.decode(codes.flatten(0, 1)[:, None])
+        return painted.unflatten(0, codes.shape[:2]).flatten(1, 2)
 
-    def save(self, directory: Path) -> None:
-        """Write config.json and model.safetensors under the original names."""
+    def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Frames of a video's codes that come in pieces [B, T', h, w], one piece at a time."""
+        return (self.decode(piece) for piece in pieces)
+
+    def save(self, directory: Path, naming: str = "original") -> None:
+        """Write config.json and model.safetensors, `naming` original or transformers."""
+        config = config_dict(self.model.cfg, naming)
+        state = self.model.state_dict()
+        state = state if naming == "original" else to_transformers(state)
         directory.mkdir(parents=True, exist_ok=True)
         with atomic(directory / "model.safetensors") as temporary:
-            save_file({n: t.contiguous() for n, t in self.model.state_dict().items()}, temporary)
-        save_config(directory, self.model.cfg)
+            # transformers asks for this format.
+            tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+            save_file(tensors, temporary, {"format": "pt"})
+        _write_config(directory, config)
+
+    @property
+    def group(self) -> int:
+        """Frames of one latent frame."""
+        return self.model.cfg.temporal_downsample_factor
 
     @property
     def _device(self) -> torch.device:
         return self.model.quantize.embedding.weight.device
 
-    def _grid(self, pixels: Tensor) -> tuple[int, int]:
-        factor = self.spatial_factor
-        return pixels.shape[-2] // factor, pixels.shape[-1] // factor
-
 
 def save_config(directory: Path, cfg: MoVQConfig) -> None:
     """Write config.json."""
+    _write_config(directory, config_dict(cfg))
+
+
+def _write_config(directory: Path, config: dict[str, Any]) -> None:
     with atomic(directory / "config.json") as temporary:
-        text = json.dumps({"model_type": "Emu3VisionVQ", **cfg.to_dict()}, indent=2)
-        temporary.write_text(text + "\n")
-
-
-def _read_config(path: Path) -> MoVQConfig:
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UnimodalError(f"{path}: not a tokenizer configuration: {error}") from error
-    if not isinstance(raw, dict):
-        raise UnimodalError(f"{path}: not a tokenizer configuration: no JSON object")
-    raw = raw.get("vq_config", raw)  # a multimodal checkpoint of transformers
-    named = {_ALIASES.get(key, key): value for key, value in raw.items()}
-    known = MoVQConfig.__dataclass_fields__
-    try:
-        return MoVQConfig(**{key: value for key, value in named.items() if key in known})
-    except (TypeError, ValueError) as error:
-        raise UnimodalError(f"{path}: {error}") from error
-
-
-def _check(directory: Path, model: MoVQ, state: dict[str, Tensor]) -> None:
-    """Name what is missing, left over, misshapen or not finite, all at once."""
-    wanted = model.state_dict()
-    problems = [f"missing {name}" for name in wanted if name not in state]
-    problems += [f"unknown {name}" for name in state if name not in wanted]
-    for name in wanted.keys() & state.keys():
-        if wanted[name].shape != state[name].shape:
-            problems.append(f"{name} is {list(state[name].shape)}, not {list(wanted[name].shape)}")
-        elif not torch.isfinite(state[name].float()).all():
-            problems.append(f"{name} has values that are not finite")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        listed = "; ".join(sorted(problems)[:5])
-        raise UnimodalError(f"{directory}: not the weights of its config.json: {listed}{more}")
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _digest(model: MoVQ) -> str:

@@ -277,7 +277,8 @@ class _Work:
         from unimodal.tokenize.vision.pixels import to_pixels
 
         settings, tokenizer = self.setup.settings, self.setup.tokenizer
-        size = f"area (now {pictures.shape[2] * pictures.shape[3]})"
+        size = "max_area" if settings.area is None else "area"
+        size += f" (now {pictures.shape[2] * pictures.shape[3]} pixels)"
         codes = []
         with (
             _alive(self.tell),

@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -294,7 +295,7 @@ def test_memory_that_does_not_suffice_is_an_error_of_the_run(
         raise MemoryError
 
     block_mean.encode = full
-    with pytest.raises(UnimodalError, match=r"lower batch \(now 3\) or area \(now \d+\)"):
+    with pytest.raises(UnimodalError, match=r"lower batch \(now 3\) or area \(now \d+ pixels\)"):
         tokenize(media, tmp_path, SMALL, tokenizer=block_mean)
 
 
@@ -379,6 +380,47 @@ def test_a_second_run_encodes_nothing_and_touches_nothing(
     assert not block_mean.shapes
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("shard-*")} == before
     assert (tmp_path / "manifest.json").stat().st_mtime_ns == manifest
+
+
+def test_a_finished_directory_is_not_planned_again(
+    media: Path, tmp_path: Path, block_mean: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unimodal.tokenize import run as module
+
+    tokenize(media, tmp_path, SMALL, tokenizer=block_mean)
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(module, "kept_clips", lambda *a: pytest.fail("planned again"))
+    assert len(tokenize(media, tmp_path, SMALL, tokenizer=block_mean)) == 10
+    assert snapshot(tmp_path) == before
+
+
+def test_pictures_are_decoded_while_others_are_encoded_and_not_without_bound(
+    tmp_path: Path, block_mean: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unimodal.tokenize import unit
+
+    rows = [row(picture(tmp_path / f"{i}.png", (40, 40), i)) for i in range(20)]
+    read: list[str] = []
+    right, waited = unit.image_pixels, threading.Event()
+
+    def reading(window: Any, tick: Any = None) -> Any:
+        read.append(window.key)
+        if len(read) == 9:
+            waited.set()
+        return right(window, tick)
+
+    def encode(pixels: Any) -> Any:
+        if len(block_mean.shapes) == 0:
+            assert waited.wait(20), "nobody decodes while the network is busy"
+            time.sleep(0.1)
+            assert len(read) <= 3 + 2 * 3 + 1  # the batch of 3, and two more ahead
+        return type(block_mean).encode(block_mean, pixels)
+
+    monkeypatch.setattr(unit, "image_pixels", reading)
+    block_mean.encode = encode
+    one = SMALL.model_copy(update={"shard_size": 100})
+    run = run_directory(tmp_path / "run", rows)
+    assert len(tokenize(run, tmp_path / "out", one, tokenizer=block_mean)) == len(read) == 20
 
 
 def test_a_smaller_selection_leaves_what_a_fresh_run_would(

@@ -80,10 +80,10 @@ def look(
     """Look at pictures, videos, shard directories and samples (`shards#KEY`); the page is in `out`.
 
     Media are tokenized as `unimodal tokenize` would with `settings`, uncut and uncropped, a video
-    from its beginning for one window or `PICTURES`. Shards are painted by the tokenizer beside
-    them, or by `tokenizer` if it is the same. Returns the page's path, and of each thing its
-    figures, or its `error` where another could be shown. Raises `UnimodalError` if none could, or
-    if `out` holds something else.
+    from its beginning for one window or `PICTURES`; tokens are counted with the byte vocabulary.
+    Shards are painted by the tokenizer beside them, or by `tokenizer` if it is the same. Returns
+    the page's path, and of each thing its figures, or its `error` where another could be shown.
+    Raises `UnimodalError` if none could, or if `out` holds something else.
     """
     progress = progress or Progress()
     _check_ours(out)

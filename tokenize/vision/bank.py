@@ -47,12 +47,12 @@ class Bank:
 
     @cached_property
     def chances(self) -> np.ndarray:
-        """Cumulative chance of each picture, which is proportional to the root of its area.
+        """Cumulative chance of each picture, which grows with its area to the power of 3/4.
 
         By area alone a few wallpapers would crowd out thousands of icons, by count the reverse.
         """
-        roots = np.sqrt([float(p.shape[0] * p.shape[1]) for p in self.pictures])
-        chances = np.cumsum(roots) / roots.sum()
+        shares = np.power([float(p.shape[0] * p.shape[1]) for p in self.pictures], 0.75)
+        chances = np.cumsum(shares) / shares.sum()
         chances[-1] = 1.0
         return chances
 

@@ -36,15 +36,24 @@ class MovingCodebook:
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Begin from the k-means centres of latents [N, C]: some rounds of Lloyd."""
-        size = len(self.weight)
-        pick = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        """Begin from the k-means centres of latents [N, C]: some rounds of Lloyd.
+
+        Of equal latents (plain backgrounds) all but one entry stay empty; between two rounds
+        they move onto latents drawn by their squared distance, as k-means++ draws.
+        """
+        size, generator = len(self.weight), torch.Generator().manual_seed(0)
+        pick = torch.randperm(len(rows), generator=generator)
         self.weight.copy_(rows[pick[torch.arange(size) % len(rows)].to(rows.device)])
-        for _ in range(LLOYD_ROUNDS):
+        for left in reversed(range(LLOYD_ROUNDS)):
             nearest = self.quantize(rows.T[None, :, :, None, None]).flatten()
             count = torch.bincount(nearest, minlength=size).unsqueeze(1)
             total = torch.zeros_like(self.total).index_add_(0, nearest, rows)
+            far = (rows - self.weight[nearest]).square().sum(1).cpu()
             self.weight.copy_(torch.where(count > 0, total / count.clamp_min(1), self.weight))
+            empty = (count[:, 0] == 0).nonzero().flatten()[: int((far > 0).sum())]
+            if left and len(empty):
+                chosen = torch.multinomial(far, len(empty), generator=generator)
+                self.weight[empty] = rows[chosen.to(rows.device)]
         self.adopt()
 
     @torch.no_grad()

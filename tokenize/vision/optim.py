@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,20 @@ class Optimizer:
         self.matrices = {n: (p, nn.Parameter(p.detach().view(len(p), -1))) for n, p in wide.items()}
         self.rest = {n: p for n, p in trained.items() if n not in wide}
         self.settings = settings
+
+        def groups(weights: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+            """The encoder's and the others, each with its share of the learning rate."""
+            encoder = {n for n in weights if n.startswith(("encoder.", "quant_conv."))}
+            shares = ((encoder, settings.encoder), (weights.keys() - encoder, 1.0))
+            return [
+                {"params": [p for n, p in weights.items() if n in names], "share": share}
+                for names, share in shares
+                if names
+            ]
+
         self.all: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
-                self.rest.values(),
+                groups(self.rest),
                 lr=settings.lr,
                 betas=(settings.beta1, settings.beta2),
                 weight_decay=settings.weight_decay,
@@ -45,7 +57,7 @@ class Optimizer:
         if self.matrices:
             self.all.append(
                 torch.optim.Muon(
-                    [m for _, m in self.matrices.values()],
+                    groups({n: m for n, (_, m) in self.matrices.items()}),
                     lr=settings.lr,
                     weight_decay=settings.weight_decay,
                     adjust_lr_fn="match_rms_adamw",
@@ -72,7 +84,7 @@ class Optimizer:
             weight.grad = None
         for optimizer in self.all:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["share"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -111,6 +111,8 @@ class OptimizerSettings(Settings):
     """Muon for convolutions and AdamW for the rest; or AdamW (without decay: Adam) for all."""
     lr: float = Field(default=2e-3, gt=0)
     """Highest learning rate."""
+    encoder: float = Field(default=1.0, ge=0)
+    """The encoder's learning rate as a share of it; 0 keeps the encoder as it begins."""
     min_lr: float = Field(default=2e-5, ge=0)
     """At the last step; equal to `lr`: constant."""
     warmup: int = Field(default=100, ge=0)

@@ -115,6 +115,8 @@ def _train(
     latents = settings.batch * (settings.crop // cfg.spatial_factor) ** 2
     model.to(device).train()
     freeze_batch_norm(model)
+    for half in (model.encoder, model.quant_conv):
+        half.requires_grad_(settings.optimizer.encoder > 0)
     book = MovingCodebook(model, settings.codebook, latents / cfg.codebook_size, ranks)
     if weights is None and previous is None:
         progress.note("starting from principal components and k-means")

@@ -108,3 +108,25 @@ def test_muon_takes_convolutions_and_adamw_the_rest_and_both_clip() -> None:
     count = sum(p.numel() for p in model.parameters())
     assert np.isclose(adam.clip().item(), 2 * count**0.5, rtol=1e-4)
     assert all(p.grad is not None and p.grad.max() <= 0.1 for p in model.parameters())
+
+
+def test_entries_that_stay_empty_move_to_where_latents_are_far() -> None:
+    """Of a thousand equal latents one entry is enough; the others go to the few that differ."""
+    book = _book(_model(), 0.0, 0.1, 0.2, 0.3)
+    book.start(_rows(*[0.0] * 1000, -50.0, 20.0, 90.0)[0, :, 0, 0].T)
+    assert sorted(book.weight[:, 0].tolist()) == [-50.0, 0.0, 20.0, 90.0]
+
+
+def test_the_encoder_learns_at_its_share_of_the_rate() -> None:
+    for share in (0.0, 0.5):
+        model, still = _model(), _model()
+        learner = Optimizer(model, OptimizerSettings(encoder=share, weight_decay=0.0))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        learner.step(1e-3)
+        moved = {
+            name: (p - q).abs().max().item()
+            for (name, p), q in zip(model.named_parameters(), still.parameters(), strict=True)
+        }
+        assert abs(moved["encoder.conv_in.bias"] - share * 1e-3) < 1e-6
+        assert abs(moved["decoder.conv_in.bias"] - 1e-3) < 1e-6

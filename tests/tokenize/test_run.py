@@ -535,7 +535,7 @@ def test_the_real_tokenizer_writes_what_it_encodes_and_can_be_loaded_again(
     tokenizer = VisionTokenizer(network)
     tokenizer.save(tmp_path / "weights")
     settings = SMALL.model_copy(update={"tokenizer": str(tmp_path / "weights")})
-    shards = tokenize(media, tmp_path / "out", settings)
+    shards = tokenize(media, tmp_path / "out", settings, engine="inline")
     assert shards.vocabulary.codebook_size == 64
     again = VisionTokenizer.load(shards.vision_tokenizer_dir)
     assert again.digest == shards.manifest["vision_tokenizer"]["digest"] == tokenizer.digest

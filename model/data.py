@@ -12,7 +12,7 @@ Plans are made from the shards' index; codes are read when a batch is built. Bui
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -388,4 +388,15 @@ def open_shards(paths: Sequence[Path]) -> list[Any]:
             raise UnimodalError(
                 f"shards {path} and {paths[0]} have different vocabularies: tokenize them alike"
             )
+        if coding(one.manifest) != coding(opened[0].manifest):
+            raise UnimodalError(
+                f"the codes of {path} and {paths[0]} are of different vision tokenizers, or those "
+                "of one are joint: tokenize them alike"
+            )
     return opened
+
+
+def coding(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the codes of shards mean: the vision tokenizer, and `joint` where groups were so."""
+    joint = {"joint": True} if manifest["settings"].get("joint") else {}
+    return {**manifest["vision_tokenizer"], **joint}

@@ -45,8 +45,8 @@ class VisionTokenizerLike(Protocol):
 
     @property
     def codebook_size(self) -> int: ...
-    def encode(self, pixels: Tensor) -> Tensor: ...
-    def decode(self, codes: Tensor, image: bool = False) -> Tensor: ...
+    def encode(self, pixels: Tensor, joint: bool = False) -> Tensor: ...
+    def decode(self, codes: Tensor, image: bool = False, joint: bool = False) -> Tensor: ...
 
 
 class Sampler:
@@ -60,10 +60,12 @@ class Sampler:
         grids: Sequence[dict[str, Any]] = (),
         defaults: SamplingSettings = SamplingSettings(),
         batch: int = 32,
+        joint: bool = False,
     ) -> None:
         """`grids`: what the decoder was trained on, the most frequent first (`data.json`).
         `defaults`: how it draws where a call does not say (`[sampling]` of `config.toml`).
         `batch`: sequences that are drawn at once; results do not depend on it.
+        `joint`: whether the codes of a clip were made jointly.
 
         Raises `UnimodalError` if the parts are not made for one another.
         """
@@ -83,6 +85,7 @@ class Sampler:
         self.grids = list(grids)
         self.defaults = defaults
         self.batch = batch
+        self.joint = joint
 
     @classmethod
     def load(cls, checkpoint: str | Path, device: str = "auto", batch: int = 32) -> Sampler:
@@ -118,7 +121,8 @@ class Sampler:
         settings = SamplingSettings()
         if (top / "config.toml").is_file():
             settings = build(SamplingSettings, load_recipe(top / "config.toml").get("sampling", {}))
-        return cls(decoder, vocabulary, tokenizer, about.get("grids", ()), settings, batch)
+        joint = bool(about["vision_tokenizer"].get("joint"))
+        return cls(decoder, vocabulary, tokenizer, about.get("grids", ()), settings, batch, joint)
 
     # --- drawing ---------------------------------------------------------------------------
 
@@ -364,7 +368,7 @@ class Sampler:
         clip = pixels[None] if pixels.ndim == 3 else _whole_groups(pixels)
         sides = area_size(clip.shape[1], clip.shape[2], height * width * SPATIAL**2)
         scaled = np.stack([resize(frame, sides) for frame in clip])
-        codes = self.tokenizer.encode(to_pixels(scaled)[None])[0].cpu().numpy()
+        codes = self.tokenizer.encode(to_pixels(scaled)[None], self.joint)[0].cpu().numpy()
         return codes[0] if kind == "image" else codes
 
     # --- shared ----------------------------------------------------------------------------
@@ -427,7 +431,7 @@ class Sampler:
         clips: list[np.ndarray] = []
         for start in range(0, len(codes), self.batch):
             part = torch.from_numpy(np.stack(codes[start : start + self.batch]))
-            clips += list(to_uint8(self.tokenizer.decode(part, image=image)))
+            clips += list(to_uint8(self.tokenizer.decode(part, image, self.joint)))
         return clips
 
 

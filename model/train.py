@@ -32,6 +32,7 @@ from unimodal.model.data import (
     Cursor,
     Loader,
     Samples,
+    coding,
     draw,
     open_shards,
     validation,
@@ -359,7 +360,7 @@ def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:
         grids[key] = grids.get(key, 0) + 1
     common = sorted(grids.items(), key=lambda item: (-item[1], str(item[0])))[:64]
     return {
-        "vision_tokenizer": dict(opened[0].manifest["vision_tokenizer"]),
+        "vision_tokenizer": coding(opened[0].manifest),
         "vocabulary": dict(opened[0].manifest["vocabulary"]),
         "samples": {split: len(rows) for split, rows in samples.rows.items()},
         "grids": [

@@ -51,8 +51,10 @@ def make_shards(vocabulary: Vocabulary, tokenizer: VisionTokenizer) -> MakeShard
         captions: Sequence[Sequence[str]],
         val: Sequence[int] = (),
         fps: float = 6.0,
+        joint: bool = False,
+        by: VisionTokenizer = tokenizer,
     ) -> Shards:
-        writer = ShardWriter(out, tokenizer, vocabulary, {})
+        writer = ShardWriter(out, by, vocabulary, {"joint": True} if joint else {})
         samples = [
             Sample(
                 key=f"key{number:04d}",

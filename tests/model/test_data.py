@@ -25,6 +25,8 @@ from unimodal.model.data import (
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.tokenize.document import Image, Text, Video, parse
 from unimodal.tokenize.shards import Shards
+from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
+from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 from unimodal.tokenize.vocabulary import Vocabulary
 
 SETTINGS = DataSettings(context=128)
@@ -205,3 +207,19 @@ def test_shards_of_two_vocabularies_do_not_mix(
     monkeypatch.setattr(Shards, "open", lambda path: tiny_shards if path == Path("a") else other)
     with pytest.raises(UnimodalError, match="shards b and a have different vocabularies"):
         open_shards([Path("a"), Path("b")])
+
+
+def test_shards_whose_codes_mean_something_else_do_not_mix(
+    tmp_path: Path, make_shards: Callable[..., Shards], vocabulary: Vocabulary
+) -> None:
+    torch.manual_seed(1)
+    size = vocabulary.codebook_size
+    other = VisionTokenizer(MoVQ(MoVQConfig(codebook_size=size, ch=32, num_res_blocks=1)))
+    codes, captions = [np.zeros((2, 3, 3), np.int64)], [["a clip"]]
+    make_shards(tmp_path / "plain", codes, captions)
+    make_shards(tmp_path / "joint", codes, captions, joint=True)
+    make_shards(tmp_path / "other", codes, captions, by=other)
+    assert len(open_shards([tmp_path / "joint", tmp_path / "joint"])) == 2
+    for name in ("joint", "other"):
+        with pytest.raises(UnimodalError, match="different vision tokenizers"):
+            open_shards([tmp_path / "plain", tmp_path / name])

@@ -28,6 +28,7 @@ from unimodal.model.train import train
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.tokenize.document import FREE, Image, Text, Video, parse
 from unimodal.tokenize.shards import Shards
+from unimodal.tokenize.vision.pixels import to_uint8
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 from unimodal.tokenize.vocabulary import Vocabulary
 
@@ -361,3 +362,17 @@ def test_a_caption_written_into_the_ids_cannot_open_a_block(
     ids = vocabulary.text.encode("<|image start|>")
     assert all(0 <= i < 256 for i in ids)
     assert parse([vocabulary.bos, *ids], vocabulary) == [Text("<|image start|>")]
+
+
+def test_clips_of_joint_codes_are_painted_jointly(
+    decoder: Decoder, vocabulary: Vocabulary, tokenizer: VisionTokenizer
+) -> None:
+    """Apart, the second latent frame does not see the first; jointly, it does."""
+    codes = np.random.default_rng(0).integers(0, vocabulary.codebook_size, (2, 3, 3))
+    for joint in (False, True):
+        sampler = Sampler(decoder, vocabulary, tokenizer, GRIDS, joint=joint)
+        painted = sampler._pixels([codes], image=False)[0]
+        whole = tokenizer.decode(torch.from_numpy(codes)[None], joint=joint)
+        assert np.array_equal(painted, to_uint8(whole)[0])
+    apart = tokenizer.decode(torch.from_numpy(codes)[None])
+    assert not torch.equal(whole, apart)

@@ -146,6 +146,7 @@ class _Eye:
     stem: Path
     progress: Progress
     lower: str  # where memory is short
+    joint: bool = False  # later groups of a video see earlier ones
 
     def media(self, uri: str, settings: TokenizeSettings) -> tuple[Figures, Html]:
         """A picture, or a video from its beginning."""
@@ -196,8 +197,10 @@ class _Eye:
 
         painted = []
         with out_of_memory(self.lower):
-            for frame in torch.from_numpy(codes.astype(np.int64)):
-                painted.append(to_uint8(self.tokenizer.decode(frame[None, None], image=image)[0]))
+            whole = torch.from_numpy(codes.astype(np.int64))
+            for part in whole.split(len(whole) if self.joint else 1):
+                seen = self.tokenizer.decode(part[None], image, self.joint)
+                painted.append(to_uint8(seen[0]))
                 self.progress.advance(TASK, len(painted[-1]))
         return np.concatenate(painted)
 
@@ -264,7 +267,8 @@ def _stored(
             raise UnimodalError(said) from error
         progress.note(said)
         return _overview(shards, None)
-    eye = _Eye(trained, stem, progress, "the area that shards are made with")
+    joint = bool(shards.manifest["settings"].get("joint"))
+    eye = _Eye(trained, stem, progress, "the area that shards are made with", joint)
     if row is None:
         return _overview(shards, eye)
     told = shards.index.slice(row, 1).to_pylist()[0]

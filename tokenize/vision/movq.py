@@ -13,8 +13,9 @@ Two identities make still images four times cheaper than in the released code, w
   that frame is rendered.
 
 Without gradients three more things save time and memory: a norm and its SiLU work in slices that
-stay in the cache, and in place; the trunk takes a bounded number of pixels at a time, and frames
-that repeat the one before only once; and enlarging is folded into the convolution behind it.
+stay in the cache, and in place; the trunk takes a bounded number of pixels at a time, large frames
+by bands of rows, and frames that repeat the one before only once; and enlarging is folded into the
+convolution behind it.
 
 Shapes: B batch, T frames, t latent frames (T / 4), C channels, H W pixels, h w latents (H / 8).
 """
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 GROUPS = 32  # of every GroupNorm, so all channel counts are multiples of 32
 QUANTIZE_ROWS = 256  # latents compared with the codebook at a time: bounds the distance matrix
 PART_PIXELS = 1 << 18  # that the trunk takes at a time without gradients, at least one frame
+BAND = 1 << 24  # elements of a frame from which a convolution on a CPU takes it in bands of rows
 # Elements of a norm's slice: 2 MiB stay in a core's cache; a GPU wants few and large kernels.
 SLICE = {"cpu": 1 << 19, "cuda": 1 << 26}
 
@@ -185,6 +187,29 @@ def _slices(x: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(n, n + samples), slice(c, c + groups * group)
 
 
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 3x3 convolution: zeros all around, or for stride 2 on the right and at the bottom alone.
+
+    On a CPU torch copies input and output into another layout: of large frames, without gradients,
+    only of a band of rows at a time.
+    """
+    stride, left = conv.stride[0], int(conv.padding[0])
+    large = x[0].numel() > BAND and x.device.type == "cpu" and x.is_contiguous()
+    if torch.is_grad_enabled() or not large:
+        return conv(x if left else F.pad(x, (0, 1, 0, 1)))
+    height, width = x.shape[2] // stride, x.shape[3] // stride
+    out = x.new_empty(len(x), conv.out_channels, height, width)
+    rows = max(1, BAND // (stride * x[0, :, 0].numel()))
+    for n in range(len(x)):
+        for row in range(0, height, rows):
+            end = min(row + rows, height)
+            top, bottom = stride * row - left, stride * (end - 1) + 3 - left  # that it reads
+            zeros = (left, 1, max(-top, 0), max(bottom - x.shape[2], 0))
+            band = F.pad(x[n : n + 1, :, max(top, 0) : bottom], zeros)
+            out[n : n + 1, :, row:end] = F.conv2d(band, conv.weight, conv.bias, stride)
+    return out
+
+
 def _in_parts(trunk: Callable[..., Tensor], pixels: int, *frames: Tensor) -> Tensor:
     """A trunk's output for tensors [N,...]; without gradients PART_PIXELS (`pixels` a frame) each.
 
@@ -210,8 +235,8 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(cin, cout, 1)
 
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
-        h = self.conv1(_activate(self.norm1, x, zq))
-        h = self.conv2(_activate(self.norm2, h, zq, overwrite=True))
+        h = _convolve(self.conv1, _activate(self.norm1, x, zq))
+        h = _convolve(self.conv2, _activate(self.norm2, h, zq, overwrite=True))
         skip = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return h + skip if torch.is_grad_enabled() else h.add_(skip)
 
@@ -249,7 +274,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor, zq: Tensor | None = None) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return _convolve(self.conv, x)
 
 
 class Upsample(nn.Module):

@@ -106,7 +106,7 @@ def agreement(ours: VisionTokenizer, side: int, device: str) -> None:
     """Print which share of codes other arithmetic leaves as it is; changes the model's layout."""
     pixels = (torch.rand(2, 1, 3, side, side) * 2 - 1).to(device)
     codes = ours.encode(pixels)
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
         rounded = ours.encode(pixels)
     for layer in ours.model.modules():
         if isinstance(layer, nn.Conv2d):

@@ -75,6 +75,8 @@ def tokenize(
         where = usable(device) if driver == "inline" else "cpu"
         tokenizer = Trained.load(settings.tokenizer, where)
     vocabulary = Vocabulary.named(settings.vocabulary, tokenizer.codebook_size)
+    if driver == "local" and device == "auto":
+        device = usable("auto").partition(":")[0]  # a card that torch cannot use is none
     with run_lock(out, progress):
         try:
             writer = ShardWriter(out, tokenizer, vocabulary, settings.recorded())
@@ -157,13 +159,15 @@ class _Plan:
 
             for unit in units(written(), self.settings, self.vocabulary, self.factor):
                 self.count += 1
-                if self.writer.has(unit.number, unit.digest(self.writer.header)) and not (
+                digest = unit.digest(self.writer.header)
+                if self.writer.has(unit.number, digest) and not (
                     retry and self.writer.lost(unit.number) != unit.unfit
                 ):
                     self.there += unit.clips
                     continue
                 part = shard_paths(self.out, unit.number)[0].stem
                 facts = {"run": self.run, "number": unit.number, "at": unit.at, "device": device}
+                facts["digest"] = digest
                 entry = "unimodal.tokenize.unit:do_unit"
                 step = Step(STAGE, str(self.out), facts, model=device != "cpu", entry=entry)
                 self.jobs.append(Job(part, [step], [], threads=0))

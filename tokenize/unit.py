@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain, groupby
 from pathlib import Path
@@ -128,8 +128,9 @@ def do_unit(job: Job, step: Step, poison: Mapping[str, str], tell: Tell) -> None
     with _alive(tell):
         import torch
 
-    if job.threads:  # the worker's share; codes are the same for any number
-        torch.set_num_threads(min(job.threads, torch.get_num_threads()))
+    threads = job.threads or os.cpu_count() or 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # of each that encodes: see `_Work.encode`
     try:
         with exact_arithmetic():
             if facts["run"] not in KEPT:
@@ -138,13 +139,22 @@ def do_unit(job: Job, step: Step, poison: Mapping[str, str], tell: Tell) -> None
                     KEPT[facts["run"]] = Setup.load(out, facts["device"])
             setup = KEPT[facts["run"]]
             unit = setup.unit(facts["number"], facts["at"])
-            threads = job.threads or os.cpu_count() or 1
-            work = _Work(setup, job.part, poison, tell, 0 if job.one_by_one else min(threads, 8))
-            samples, lost = work.samples(unit)
             digest, scores = unit.digest(setup.header), score_columns(setup.clips.schema)
+            if digest != facts["digest"]:
+                raise UnimodalError(
+                    f"{out / PLAN} is not the one that this run wrote: is another run at work in "
+                    f"{out}? If not, run the same command again"
+                )
+            ahead = 0 if job.one_by_one else min(threads, 8)
+            encoders = 1 if facts["device"].startswith("cuda") else threads
+            with ThreadPoolExecutor(encoders) as pool:
+                work = _Work(setup, job.part, poison, tell, ahead, pool, encoders)
+                samples, lost = work.samples(unit)
             write_shard(out, unit.number, setup.header, scores, digest, samples, lost)
     except OSError as error:
         raise full_disk(error, out) or error from error
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
@@ -157,10 +167,14 @@ class _Work:
     tell: Tell
     threads: int
     """That decode ahead; 0: one clip after another, so that a culprit is known."""
+    encoders: ThreadPoolExecutor
+    most: int
+    """Batches that are encoded at a time."""
+    running: deque[Future[np.ndarray]] = field(default_factory=deque)
 
     def samples(self, unit: Unit) -> tuple[list[Sample], list[dict[str, str]]]:
         """Samples of a unit, and rows {uri, reason} of the clips that gave none."""
-        samples: list[Sample] = []
+        samples: list[tuple[Window, Future[np.ndarray], int | slice]] = []
         lost = list(unit.unfit)
         # Images of one size share a batch; none is cropped, stretched or padded to fit one.
         images = sorted((w for w in unit.windows if w.fps is None), key=lambda w: (w.size, w.key))
@@ -185,14 +199,14 @@ class _Work:
                     else:
                         read.append((window, got))
                 if read:
-                    codes = self.encode(np.stack([pixels for _, pixels in read]))
-                    samples += [self.sample(w, c) for (w, _), c in zip(read, codes, strict=True)]
+                    codes = self.later(np.stack([pixels for _, pixels in read]))
+                    samples += [(window, codes, i) for i, (window, _) in enumerate(read)]
 
         # The windows of a clip come out of one decoder, one after another.
         ahead = min(self.threads, 1)
         pictures = self.pictures(clips[len(images) :], len(images), killers, ahead, 2)
         for clip in clips[len(images) :]:
-            whole: list[Sample] = []
+            whole: list[tuple[Window, Future[np.ndarray], int | slice]] = []
             failed: Exception | None = None
             for window in clip:
                 got = next(pictures)
@@ -202,15 +216,16 @@ class _Work:
                     # Groups of 4 pictures are encoded each by itself, so they share batches too.
                     joint = self.setup.settings.joint
                     step = len(got) if joint else TEMPORAL
-                    codes = self.encode(got.reshape(-1, step, *got.shape[1:]), joint)
-                    whole.append(self.sample(window, codes.reshape(-1, *window.grid)))
+                    codes = self.later(got.reshape(-1, step, *got.shape[1:]), joint)
+                    whole.append((window, codes, slice(None)))
             if failed is None:
                 samples += whole
             else:
                 lost.append({"uri": clip[0].clip["uri"], "reason": reason(failed)})
         for k in range(len(clips), len(clips) + len(unit.unfit)):
             self.tell.done(STAGE, self.thing(k), "")
-        return samples, lost
+        done = [(w, codes.result()[i].reshape(-1, *w.grid)) for w, codes, i in samples]
+        return [self.sample(window, codes) for window, codes in done], lost
 
     def thing(self, k: int) -> str:
         """The name by which the supervisor knows clip `k` of the unit."""
@@ -237,6 +252,11 @@ class _Work:
             got = future.result()
             if isinstance(got, OSError) and (full := full_disk(got, "the folder of TMPDIR")):
                 raise full
+            if isinstance(got, MemoryError):
+                raise UnimodalError(
+                    "out of memory while decoding pictures: lower --workers, or batch (now "
+                    f"{self.setup.settings.batch})"
+                ) from got
             if isinstance(got, Exception):
                 failed.setdefault(k, reason(got))
             if last or k in failed:
@@ -267,10 +287,19 @@ class _Work:
         else:
             yield from video_pixels(clip, tick)
 
-    def encode(self, pictures: np.ndarray, joint: bool = False) -> np.ndarray:
-        """uint8 [N, T, H, W, 3] -> codes int64 [N, T', H/8, W/8]; T = 1 is an image.
+    def later(self, pictures: np.ndarray, joint: bool = False) -> Future[np.ndarray]:
+        """`encode`, by the next processor that is free; waits while all are at work."""
+        while len(self.running) >= self.most:
+            self.running.popleft().result()
+        self.running.append(self.encoders.submit(self.encode, pictures, joint))
+        return self.running[-1]
 
-        In float32 and contiguous: channels-last pixels flip about one code in 4096.
+    def encode(self, pictures: np.ndarray, joint: bool = False) -> np.ndarray:
+        """uint8 [N, T, H, W, 3] -> codes int32 [N, T', H/8, W/8]; T = 1 is an image.
+
+        In float32 and contiguous: channels-last pixels flip about one code in 4096. On one
+        processor: sums in another number of parts differ in the last bits, which may be another
+        code, and a worker's share of processors is no part of what a shard is made of.
         """
         import torch
 
@@ -288,7 +317,7 @@ class _Work:
             for batch in _batches(pictures, settings.batch):
                 pixels = to_pixels(batch)
                 found = tokenizer.encode(pixels, joint=True) if joint else tokenizer.encode(pixels)
-                codes.append(found.cpu().numpy())
+                codes.append(found.int().cpu().numpy())
         return np.concatenate(codes)
 
     def sample(self, window: Window, codes: np.ndarray) -> Sample:
@@ -345,7 +374,14 @@ def video_pixels(windows: Sequence[Window], tick: Any = None) -> Iterator[np.nda
         for i in range(window.pictures)
     ]
     frames = iter_frames(clip["uri"], clip["start_pts"], clip["end_pts"], tick=tick)
-    shown = resample(frames, times, clip.get("frames"))
+
+    def watched() -> Iterator[tuple[int, np.ndarray]]:
+        for frame in frames:
+            if tick is not None:  # most may lie between the pictures that are wanted
+                tick(1)
+            yield frame
+
+    shown = resample(watched(), times, clip.get("frames"))
     for window in windows:
         pictures = np.empty((window.pictures, *window.size, 3), np.uint8)
         last: np.ndarray | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import tarfile
@@ -144,7 +145,7 @@ def test_batches_hold_pictures_of_one_size_and_are_bounded(
     videos = [shape for shape in block_mean.shapes if shape[1] == 4]
     assert sorted(shape[0] for shape in images) == [1, 1, 2, 3]  # 4 squares, 2 wide, 1 tall
     assert len({shape[3:] for shape in images}) == 3
-    assert [shape[0] for shape in videos] == [2, 1, 2]  # 8 pictures: two groups at once
+    assert sorted(shape[0] for shape in videos) == [1, 2, 2]  # 8 pictures: two groups at once
 
 
 def test_frames_are_chosen_by_time_stamp(tmp_path: Path, block_mean: Any) -> None:
@@ -413,10 +414,12 @@ def test_pictures_are_decoded_while_others_are_encoded_and_not_without_bound(
         if len(block_mean.shapes) == 0:
             assert waited.wait(20), "nobody decodes while the network is busy"
             time.sleep(0.1)
-            assert len(read) <= 3 + 2 * 3 + 1  # the batch of 3, and two more ahead
+            # The batches of 3 at work, one that waits, and two more ahead.
+            assert len(read) <= 3 * (2 + 1 + 2) + 1
         return type(block_mean).encode(block_mean, pixels)
 
     monkeypatch.setattr(unit, "image_pixels", reading)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     block_mean.encode = encode
     one = SMALL.model_copy(update={"shard_size": 100})
     run = run_directory(tmp_path / "run", rows)

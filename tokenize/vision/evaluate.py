@@ -27,13 +27,18 @@ def evaluate(
 
     PSNR (dB), SSIM, kept gradient energy, codebook use and perplexity, LPIPS where it is given; of
     clips, PSNR and use. Empty and None if nothing is held out. Leaves `model` in eval mode.
+    Material with a side too small for SSIM's window, or for two codes, is left out.
     """
     model.eval()
+    factor = model.cfg.spatial_factor
+    least = max(2 * factor, 11)
+    pictures = [p for p in data.held_pictures if min(p.shape[:2]) >= least]
+    clips = [c for c in data.held_clips if min(c.shape[1:3]) >= least]
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     found: dict[str, list[float]] = {}
     codes: list[Tensor] = []
-    for picture in data.held_pictures[:PICTURES]:
-        original = _square(picture)
+    for picture in pictures[:PICTURES]:
+        original = _square(picture, factor)
         codes.append(model.encode(to_pixels(original)[None, None].to(device)))
         painted = to_uint8(model.decode(codes[-1], image=True)[0, 0])
         a, b = _tensor(original), _tensor(painted)
@@ -45,8 +50,8 @@ def evaluate(
             found.setdefault(f"val_{name}", []).append(each.item())
         pairs.append((original, painted))
     used = {"val": codes}
-    for clip in data.held_clips[:CLIPS]:
-        height, width = (side // 8 * 8 for side in clip.shape[1:3])
+    for clip in clips[:CLIPS]:
+        height, width = (side // factor * factor for side in clip.shape[1:3])
         original = clip[:, :height, :width]
         code = model.encode(to_pixels(original)[None].to(device))
         painted = to_uint8(model.decode(code)[0])
@@ -63,11 +68,11 @@ def evaluate(
     return measured, _sheet(pairs) if pairs else None
 
 
-def _square(picture: np.ndarray) -> np.ndarray:
+def _square(picture: np.ndarray, factor: int) -> np.ndarray:
     side = min(picture.shape[:2])
     top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
     cut = Image.fromarray(picture[top : top + side, left : left + side])
-    size = min(SIDE, side // 8 * 8)
+    size = min(SIDE, side) // factor * factor
     return np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC))
 
 

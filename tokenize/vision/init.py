@@ -41,11 +41,11 @@ CARRIED = 0.75  # share of a level's channels that components may take
 
 
 @torch.no_grad()
-def start(model: MoVQ, pictures: Tensor) -> None:
+def start(model: MoVQ, pictures: Tensor) -> bool:
     """Initialize `model` in place for pictures like these: float [N,3,H,W] in [-1, 1].
 
-    Sides are multiples of the spatial factor. Channel counts that have no room for the components
-    keep torch's own start.
+    Sides are multiples of the spatial factor. Returns whether the channels have room for the
+    components; if not, encoder and colours keep torch's own start.
     """
     cfg = model.cfg
     for module in model.modules():
@@ -58,9 +58,10 @@ def start(model: MoVQ, pictures: Tensor) -> None:
     _time(model)
     widths = [cfg.ch * mult for mult in cfg.ch_mult]
     size = cfg.embed_dim
-    if len(widths) > 1 and widths[-1] >= 4 * GROUPS and size <= min(GROUPS, *widths):
-        deviations = _encoder(model, pictures)
-        _decoder(model, *deviations)
+    room = len(widths) > 1 and widths[-1] >= 4 * GROUPS and size <= min(GROUPS, *widths)
+    if room:
+        _decoder(model, *_encoder(model, pictures))
+    return room
 
 
 def _time(model: MoVQ) -> None:

@@ -119,9 +119,8 @@ def _train(
         half.requires_grad_(settings.optimizer.encoder > 0)
     book = MovingCodebook(model, settings.codebook, latents / cfg.codebook_size, ranks)
     if weights is None and previous is None:
-        progress.note("starting from principal components and k-means")
         if ranks.rank == 0:
-            _start(model, book, data, settings, device)
+            progress.note(_start(model, book, data, settings, device))
         ranks.share(model)
         book.adopt()
     learners = Learners(
@@ -175,15 +174,21 @@ def _inherited(directory: Path, cfg: MoVQConfig) -> dict[str, Tensor]:
 @torch.no_grad()
 def _start(
     model: MoVQ, book: MovingCodebook, data: Bank, settings: TokenizerSettings, device: str
-) -> None:
-    """Weights and codebook from the data alone."""
+) -> str:
+    """Weights and codebook from the data alone; says how. Raises `UsageError` if that cannot be."""
 
     def crops(index: int) -> Tensor:
         cut = batch(data, settings.seed, START + index, frames=settings.batch, crop=settings.crop)
         return to_pixels(cut).to(device)
 
     few = [crops(i).flatten(0, 1) for i in range(math.ceil(START_CROPS / settings.batch))]
-    init.start(model, torch.cat(few))
+    carried = init.start(model, torch.cat(few))
+    if not carried and settings.optimizer.encoder == 0:
+        raise UsageError(
+            "setting optimizer.encoder = 0 keeps the encoder as it begins, and this network is too "
+            "narrow for patches' principal components: set optimizer.encoder=1, or network.ch_mult "
+            "so that the last level has 128 channels"
+        )
     rows: list[Tensor] = []
     wanted, index = LATENTS_AN_ENTRY * model.cfg.codebook_size, 0
     while wanted > 0:
@@ -192,6 +197,7 @@ def _start(
         rows.append(z.movedim(1, -1).flatten(0, -2))
         wanted, index = wanted - len(rows[-1]), index + 1
     book.start(torch.cat(rows))
+    return f"starting from {'principal components' if carried else 'random weights'} and k-means"
 
 
 def _judge_settings(settings: TokenizerSettings) -> OptimizerSettings:

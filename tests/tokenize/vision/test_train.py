@@ -26,6 +26,8 @@ from unimodal.pipeline.settings import build
 from unimodal.tokenize.vision import bank as banks
 from unimodal.tokenize.vision import train as trainer
 from unimodal.tokenize.vision.bank import Bank, held_out, list_spans
+from unimodal.tokenize.vision.evaluate import evaluate
+from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
 from unimodal.tokenize.vision.pixels import to_pixels
 from unimodal.tokenize.vision.recipe import TokenizerSettings
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
@@ -277,3 +279,22 @@ def test_a_damaged_state_says_what_to_do(pictures: Path, tmp_path: Path) -> None
     save_file({"a": torch.zeros(1)}, tmp_path / "state.safetensors")
     with pytest.raises(UnimodalError, match=r"cannot be read.*delete it"):
         train_tokenizer([pictures], tmp_path, _settings())
+
+
+def test_a_kept_encoder_must_begin_as_something(pictures: Path, tmp_path: Path) -> None:
+    narrow = _settings("network.ch_mult=[1,1,2,2]", "optimizer.encoder=0")
+    with pytest.raises(UsageError, match="too narrow for patches' principal components"):
+        train_tokenizer([pictures], tmp_path / "out", narrow)
+
+
+def test_held_out_pictures_of_any_size_are_measured_or_left_out() -> None:
+    model = MoVQ(MoVQConfig(codebook_size=32, ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1))
+    rng = np.random.default_rng(0)
+    sizes = [(14, 40), (5, 90), (40, 40), (64, 33)]
+    held = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    clips = [rng.integers(0, 256, (4, *size, 3), dtype=np.uint8) for size in ((40, 70), (9, 9))]
+    bank = Bank(pictures=[], clips=[], held_pictures=held, held_clips=clips)
+    measured, sheet = evaluate(model, bank, "cpu")
+    assert {"val_psnr", "val_ssim", "val_video_psnr"} <= measured.keys()
+    assert sheet is not None
+    assert evaluate(model, Bank(held_pictures=held[:2]), "cpu") == ({}, None)

@@ -25,9 +25,7 @@ def tokenize(
     ] = None,
     area: Annotated[int | None, typer.Option("--area", help="Pixels of a picture.")] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Pictures a second of video.")] = None,
-    preset: Annotated[
-        str | None, typer.Option("--preset", help="emu3, emu3-chat, or none.")
-    ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="emu3, or emu3-chat.")] = None,
     sets: options.Sets = None,
     engine: Annotated[Engine, typer.Option("--engine", help="Where the work runs.")] = Engine.auto,
     address: options.Address = None,

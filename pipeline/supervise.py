@@ -79,7 +79,8 @@ class Supervised:
             deaths[culprit] += 1
             if not culprit and deaths[""] >= self._patience.deaths:
                 raise UnimodalError(
-                    f"part {job.part}: workers die outside of any source ({reason}). {self._tail()}"
+                    f"part {job.part}: workers die outside of any source ({reason}). "
+                    f"{self._tail() or 'If memory is short, lower --workers or batch sizes.'}"
                 )
             # Of a batch of clips only the first is known by name: then one by one, to be sure.
             final = final and (job.one_by_one or culprit.startswith("watch:"))

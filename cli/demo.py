@@ -138,7 +138,8 @@ def _tokenize(story: Story, runs: dict[str, Path], progress: Progress) -> list[P
     for name, run in runs.items():
         settings = build(TokenizeSettings, values[name])
         made.append(story.out / f"shards-{name}")
-        tokenize(run, made[-1], settings, progress=progress)
+        # A pool of workers takes longer to start than this little takes to do.
+        tokenize(run, made[-1], settings, engine="inline", progress=progress)
     story.times["tokenize"] = time.monotonic() - begun
     return made
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 512
+CHUNK = 256
 """Tokens whose logits exist at once."""
 
 
@@ -37,7 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            log_p = (hidden[part] @ matrix.T).float().log_softmax(-1)  # [chunk, V]
+            log_p = (hidden[part] @ matrix.T).log_softmax(-1, dtype=torch.float32)  # [chunk, V]
             target = targets[part, None]
             losses[part] = -log_p.gather(1, target)[:, 0]
             if grad_hidden is None and grad_head is None:

@@ -24,7 +24,7 @@ def test_photographs_beat_a_blurred_copy_by_a_decibel_and_keep_their_sharpness(
 ) -> None:
     found = benchmark.photographs(small)
     assert len(found) == 12
-    assert np.mean([one.psnr - one.blurred for one in found]) >= 1.0
+    assert np.mean([one.psnr - one.blurred for one in found]) >= 2.5
     # More than the source's own energy would be noise.
     assert 0.6 <= np.mean([one.energy for one in found]) <= 1.0
     assert benchmark.usage(found, small.codebook_size)[0] > 0.4

@@ -33,8 +33,13 @@ from unimodal.tokenize.vision.recipe import TokenizerSettings
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 from unimodal.tokenize.vision.train import Interrupted, train_tokenizer
 
-# The smallest network of the architecture, and everything that has a state switched on.
+# The smallest network of the architecture, and everything that has a state switched on; what the
+# recipe of the command has otherwise than the defaults is said.
 TINY = [
+    "clip_share=0.15",
+    "codebook.decay=0.99",
+    "loss.sharpness=0.3",
+    "optimizer.encoder=1.0",
     "network.codebook_size=32",
     "network.embed_dim=4",
     "network.ch_mult=[1,1,1,1]",

@@ -19,15 +19,15 @@ def test_the_weights_stay_small() -> None:
     assert (SHIPPED["small"] / "model.safetensors").stat().st_size <= 20 * 2**20
 
 
-def test_photographs_beat_a_blurred_copy_by_two_decibels_and_keep_their_sharpness(
+def test_photographs_beat_a_blurred_copy_by_a_decibel_and_keep_their_sharpness(
     small: VisionTokenizer,
 ) -> None:
     found = benchmark.photographs(small)
     assert len(found) == 12
-    assert np.mean([one.psnr - one.blurred for one in found]) >= 2.0
+    assert np.mean([one.psnr - one.blurred for one in found]) >= 1.0
     # More than the source's own energy would be noise.
     assert 0.6 <= np.mean([one.energy for one in found]) <= 1.0
-    assert benchmark.usage(found, small.codebook_size)[1] > 500  # perplexity
+    assert benchmark.usage(found, small.codebook_size)[0] > 0.4
 
 
 def test_held_out_emoji_reach_24_decibels(small: VisionTokenizer) -> None:

@@ -410,12 +410,19 @@ def test_pictures_are_decoded_while_others_are_encoded_and_not_without_bound(
             waited.set()
         return right(window, tick)
 
+    first, counted = threading.Lock(), threading.Event()
+
     def encode(pixels: Any) -> Any:
-        if len(block_mean.shapes) == 0:
-            assert waited.wait(20), "nobody decodes while the network is busy"
-            time.sleep(0.1)
-            # The batches of 3 at work, one that waits, and two more ahead.
-            assert len(read) <= 3 * (2 + 1 + 2) + 1
+        if first.acquire(blocking=False):
+            try:
+                assert waited.wait(20), "nobody decodes while the network is busy"
+                time.sleep(0.1)
+                # The batches of 3 at work, one that waits, and two more ahead.
+                assert len(read) <= 3 * (2 + 1 + 2) + 1
+            finally:
+                counted.set()
+        # A batch that ends meanwhile would let another be read.
+        assert counted.wait(30)
         return type(block_mean).encode(block_mean, pixels)
 
     monkeypatch.setattr(unit, "image_pixels", reading)

@@ -73,10 +73,16 @@ class Learners:
 
 
 def save(
-    out: Path, settings: TokenizerSettings, learners: Learners, step: int, seconds: float
+    out: Path,
+    settings: TokenizerSettings,
+    data: str,
+    learners: Learners,
+    step: int,
+    seconds: float,
 ) -> None:
     """Write state and weights. The step is inside the state, so that no two saves can mix."""
-    record = {"step": step, "seconds": seconds, "settings": settings.model_dump(mode="json")}
+    kept = settings.model_dump(mode="json")
+    record = {"step": step, "seconds": seconds, "settings": kept, "data": data}
     with atomic(out / STATE) as temporary:
         tensors = {n: t.detach().cpu().contiguous() for n, t in learners.state().items()}
         save_file(tensors, temporary, metadata={"train": json.dumps(record, sort_keys=True)})
@@ -86,10 +92,10 @@ def save(
     save_config(out, learners.model.cfg)
 
 
-def find(out: Path, settings: TokenizerSettings) -> dict[str, Any] | None:
-    """Step and seconds of the last save in `out`, if there is one.
+def find(out: Path, settings: TokenizerSettings, data: str) -> dict[str, Any] | None:
+    """Step and seconds of the last save in `out`, if there is one; `data` is the spans' digest.
 
-    Raises `UnimodalError` if it was made with other settings, or cannot be read.
+    Raises `UnimodalError` if it was made with other settings or data, or cannot be read.
     """
     path = out / STATE
     if not path.exists():
@@ -102,9 +108,11 @@ def find(out: Path, settings: TokenizerSettings) -> dict[str, Any] | None:
             f"{path} cannot be read ({error}); delete it to start anew, with --init {out} from "
             "the weights beside it"
         ) from error
-    if other := changed(record["settings"], settings):
+    other = ", ".join(changed(record["settings"], settings))
+    if other or record.get("data") != data:
+        otherwise = f"other settings ({other})" if other else "other pictures or clips"
         raise UnimodalError(
-            f"{out}: was trained with other settings ({', '.join(other)}); give another -o to "
+            f"{out}: was trained with {otherwise}; give another -o to "
             "start anew, with --init to start from these weights"
         )
     return record

@@ -11,6 +11,7 @@ bit on a processor, where an uninterrupted one does.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -77,7 +78,7 @@ def train_tokenizer(
 
     `init` is a tokenizer directory whose weights are the start. Under `torchrun`, every process
     calls this. Returns `out`. SIGTERM and Ctrl-C save and raise `Interrupted`; raises
-    `UnimodalError` for a state of other settings and for a loss that is not finite.
+    `UnimodalError` for a state of other settings or data and for a loss that is not finite.
     """
     full = out_of_memory(f"batch (now {settings.batch}) or crop (now {settings.crop})")
     with joined(device) as (ranks, device), full:
@@ -96,14 +97,16 @@ def _train(
     progress = progress if ranks.rank == 0 else Progress()
     cfg = settings.network.config()
     _check(settings, cfg, weights)
-    previous = checkpoint.find(out, settings)
+    spans = list_spans(inputs)
+    data_digest = hashlib.sha256(repr(spans).encode()).hexdigest()
+    previous = checkpoint.find(out, settings, data_digest)
     torch.manual_seed(settings.seed)
     model = MoVQ(cfg)
     if weights is not None and previous is None:
         model.load_state_dict(_inherited(weights, cfg))
     lpips = None if settings.loss.lpips is None else load_lpips(settings.loss.lpips).to(device)
     data = load_bank(
-        list_spans(inputs),
+        spans,
         short_side=settings.data.short_side,
         fps=settings.data.fps,
         frames=settings.data.clip_frames,
@@ -134,7 +137,7 @@ def _train(
     if previous is not None:
         checkpoint.resume(out, learners, device)
     progress.note(_introduction(model, data, settings, lpips, ranks))
-    run = _Run(out, settings, learners, data, lpips, device, ranks, progress)
+    run = _Run(out, settings, learners, data, data_digest, lpips, device, ranks, progress)
     if previous is not None:
         run.done, run.seconds = previous["step"], previous["seconds"]
         progress.note(f"resuming at step {run.done} of {settings.steps}")
@@ -238,6 +241,7 @@ class _Run:
     settings: TokenizerSettings
     learners: Learners
     data: Bank
+    data_digest: str
     lpips: LPIPS | None
     device: str
     ranks: Ranks
@@ -247,7 +251,7 @@ class _Run:
 
     def steps(self) -> None:
         """Run to the end of the schedule, or until a signal comes."""
-        settings, began = self.settings, time.monotonic()
+        settings, learners, began = self.settings, self.learners, time.monotonic()
         first = self.ranks.rank == 0
         record = Record(self.out, self.done, settings.tensorboard) if first else None
         self.progress.begin("steps", settings.steps, "steps")
@@ -269,7 +273,9 @@ class _Run:
                     if record and saving:
                         self.measure(record)
                     if record and (saving or stopped):
-                        checkpoint.save(self.out, settings, self.learners, self.done, seconds)
+                        checkpoint.save(
+                            self.out, settings, self.data_digest, learners, self.done, seconds
+                        )
                     if stopped and not last:
                         raise Interrupted(
                             f"stopped by a signal at step {self.done} of {settings.steps}; saved "

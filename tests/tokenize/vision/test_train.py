@@ -147,6 +147,8 @@ def test_other_settings_and_shapes_are_refused_by_name(
 ) -> None:
     with pytest.raises(UnimodalError, match=r"other settings \(optimizer\.lr\).*--init"):
         train_tokenizer([pictures], whole, _settings("optimizer.lr=5e-4"))
+    with pytest.raises(UnimodalError, match=r"other pictures or clips.*--init"):
+        train_tokenizer([pictures / "0.png", pictures / "1.png"], whole, _settings())
     with pytest.raises(UsageError, match="codebook_size 32, not 64"):
         train_tokenizer([pictures], tmp_path, _settings("network.codebook_size=64"), init=whole)
     with pytest.raises(UsageError, match="crop = 36"):

@@ -23,18 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from unimodal.model.decoder import Decoder, DecoderConfig, Shape
+from unimodal.model.decoder import Decoder
+from unimodal.model.naming import WEIGHTS, config_record, read_config, read_json, read_weights
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.files import atomic
 
 STEP = re.compile(r"step-\d{8}")
-WEIGHTS = "model.safetensors"
-# model_type in config.json: same graph in each, apart from qwen3's norm of q and k.
-LLAMA_TYPES = ("llama", "emu3_text_model", "qwen3")
 # What each optimizer remembers of a parameter, apart from the number of steps.
 MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
@@ -66,7 +63,7 @@ def save_step(
     temporary.mkdir(parents=True)
     weights = {name: tensor.detach().cpu() for name, tensor in decoder.state_dict().items()}
     save_file(weights, temporary / WEIGHTS, {"format": "pt"})
-    _write_json(temporary / "config.json", to_transformers(decoder.config))
+    _write_json(temporary / "config.json", config_record(decoder.config))
     save_file(_moments(decoder, optimizers), temporary / "optimizer.safetensors")
     _write_json(temporary / "train.json", dict(state))
     for path in temporary.iterdir():
@@ -87,7 +84,7 @@ def load_step(
     step: Path, decoder: Decoder, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Any]:
     """Restore weights and moments from a step directory; returns its `train.json`."""
-    _restore(decoder, step, next(decoder.parameters()).device)
+    read_weights(decoder, step)
     saved = _read(step / "optimizer.safetensors")
     state = read_json(step / "train.json")
     for name, parameter, optimizer in _owned(decoder, optimizers):
@@ -136,11 +133,12 @@ def find(path: Path) -> tuple[Path, Path]:
 
 
 def load_decoder(path: Path, device: str | torch.device = "cpu") -> Decoder:
-    """The decoder of a checkpoint, of one step of it, or of a transformers Llama directory."""
+    """The decoder of a checkpoint, of one step of it, or of a directory of `naming`'s."""
     _, step = find(path)
-    config = from_transformers(read_json(step / "config.json"), step / "config.json")
-    decoder = Decoder(config, seed=None).to(device)
-    _restore(decoder, step, device)
+    with torch.device("meta"):  # no time for values that are about to be replaced
+        decoder = Decoder(read_config(step / "config.json"), seed=None)
+    decoder.to_empty(device=device)
+    read_weights(decoder, step)
     return decoder.eval()
 
 
@@ -164,68 +162,6 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def to_transformers(config: DecoderConfig) -> dict[str, Any]:
-    """`config.json` of the same decoder in transformers' Llama (Qwen3 with `qk_norm`)."""
-    shape = config.shape
-    return {
-        "architectures": ["Qwen3ForCausalLM" if shape.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if shape.qk_norm else "llama",
-        "vocab_size": config.vocabulary_size,
-        "hidden_size": shape.width,
-        "intermediate_size": shape.ffn,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.channels,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "max_position_embeddings": config.context,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "attention_dropout": shape.dropout,
-        "initializer_range": shape.init_std,
-        "dtype": "float32",
-    }
-
-
-def from_transformers(record: Mapping[str, Any], source: Path) -> DecoderConfig:
-    """The decoder that a `config.json` describes; raises `UnimodalError` if it is another kind."""
-    kind = record.get("model_type")
-    rope = record.get("rope_parameters") or record.get("rope_scaling") or {}
-    problems = []
-    if kind not in LLAMA_TYPES:
-        problems.append(f"model_type {kind!r} is not one of {', '.join(LLAMA_TYPES)}")
-    if rope.get("rope_type", "default") != "default":
-        problems.append(f"rope_type {rope['rope_type']!r} is not supported")
-    for flag in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
-        if record.get(flag):
-            problems.append(f"{flag} is not supported")
-    if problems:
-        raise UnimodalError(f"{source}: {'; '.join(problems)}")
-    try:
-        heads = record["num_attention_heads"]
-        shape = Shape(
-            width=record["hidden_size"],
-            layers=record["num_hidden_layers"],
-            heads=heads,
-            kv_heads=record.get("num_key_value_heads") or heads,
-            head_dim=record.get("head_dim") or 0,
-            ffn=record["intermediate_size"],
-            rope_theta=rope.get("rope_theta") or record.get("rope_theta") or 10_000.0,
-            norm_eps=record.get("rms_norm_eps", 1e-6),
-            qk_norm=kind == "qwen3",
-            dropout=record.get("attention_dropout") or 0.0,
-            init_std=record.get("initializer_range", 0.02),
-        )
-        context = int(record.get("max_position_embeddings", 4096))
-        return DecoderConfig(shape, int(record["vocab_size"]), context)
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
-        raise UnimodalError(f"{source} describes no decoder ({error}): copy it again") from error
-
-
 def to_toml(values: Mapping[str, Any], prefix: str = "") -> str:
     """Nested settings as TOML; None is left out, which TOML cannot say."""
     lines, tables = [], []
@@ -238,17 +174,6 @@ def to_toml(values: Mapping[str, Any], prefix: str = "") -> str:
             text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             lines.append(f"{key} = {text}\n")
     return "".join(lines + tables)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises `UnimodalError` naming the file if there is none."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UnimodalError(f"{path} cannot be read ({error}): copy it again") from error
-    if not isinstance(record, dict):
-        raise UnimodalError(f"{path} holds no JSON object: copy it again")
-    return record
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
@@ -276,38 +201,6 @@ def _moments(
             value = torch.zeros_like(parameter) if value is None else value
             tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous()
     return tensors
-
-
-def _restore(decoder: Decoder, step: Path, device: str | torch.device) -> None:
-    """Fill the decoder from `model.safetensors`, or the files that its index names."""
-    own = decoder.state_dict()
-    files = [step / WEIGHTS]
-    index = step / f"{WEIGHTS}.index.json"
-    if not files[0].is_file() and index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if any(Path(name).name != name for name in names):
-            raise UnimodalError(f"{index} names a file outside its directory: do not use it")
-        files = [step / name for name in names]
-    if not all(file.is_file() for file in files):
-        pickled = sorted(p.name for p in step.glob("*.bin")) + sorted(
-            p.name for p in step.glob("*.pt*")
-        )
-        hint = f"; {pickled[0]} is a pickle, which is never opened" if pickled else ""
-        raise UnimodalError(f"{step} has no {WEIGHTS}{hint}: convert or copy it again")
-    seen: set[str] = set()
-    for file in files:
-        for name, tensor in _read(file).items():
-            if name not in own or own[name].shape != tensor.shape:
-                want = list(own[name].shape) if name in own else "no such tensor"
-                raise UnimodalError(
-                    f"{file}: {name} is {list(tensor.shape)}, config.json asks for {want}"
-                )
-            with torch.no_grad():
-                own[name].copy_(tensor)
-            seen.add(name)
-    missing = sorted(set(own) - seen)
-    if missing:
-        raise UnimodalError(f"{step} lacks {len(missing)} tensors, first {missing[0]}: copy again")
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:

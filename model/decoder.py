@@ -210,7 +210,7 @@ class Decoder(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Decoder:
-        """Read a training checkpoint, one step of it, or a Llama directory of transformers.
+        """Read a training checkpoint, one step of it, or a directory of Emu3, Llama or Qwen3.
 
         Raises `UnimodalError` naming what is missing or does not fit.
         """

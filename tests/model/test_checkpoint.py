@@ -12,6 +12,7 @@ import transformers
 from unimodal.model import checkpoint
 from unimodal.model.checkpoint import find, latest_step, load_step, save_step
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
+from unimodal.model.naming import config_record
 from unimodal.pipeline.errors import UnimodalError
 
 SHAPE = Shape(width=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn=24)
@@ -92,7 +93,7 @@ def test_what_is_no_checkpoint_is_named_with_the_remedy(tmp_path: Path) -> None:
 
 
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
-    config = checkpoint.to_transformers(CONFIG)
+    config = config_record(CONFIG)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04never read")
     with pytest.raises(UnimodalError, match=r"pytorch_model\.bin is a pickle"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
@@ -47,6 +50,7 @@ def main() -> None:
     """Run the command line; problems of the user's are one line on stderr, not a traceback."""
     from unimodal.pipeline.errors import UnimodalError
 
+    signal.signal(signal.SIGINT, _interrupted)
     # A pipe that is closed early (`| head`) is no error of ours, and no traceback.
     try:
         app()
@@ -60,6 +64,13 @@ def main() -> None:
             _closed(error)
         print(f"unimodal: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    """Ctrl-C unwinds, so that nothing is left half written; a second one does not wait for that."""
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    print("unimodal: interrupted; what is finished is kept (again: at once)", file=sys.stderr)
+    raise KeyboardInterrupt
 
 
 def _closed(error: OSError) -> None:

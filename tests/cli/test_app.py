@@ -87,3 +87,13 @@ def test_an_empty_folder_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert str(tmp_path) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_says_what_is_kept() -> None:
+    code = (
+        "import os, signal; from unimodal.cli import app\n"
+        "app.app = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "app.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.startswith("unimodal: interrupted; what is finished is kept")

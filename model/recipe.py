@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +10,14 @@ from pydantic import Field
 
 from unimodal.model.data import DataSettings
 from unimodal.model.decoder import Shape
-from unimodal.pipeline.errors import UsageError
-from unimodal.pipeline.settings import Settings, build
+from unimodal.pipeline.settings import Settings, build, load_recipe
+from unimodal.tokenize.training import rate
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 class OptimizerSettings(Settings):
-    """The optimizer, and the cosine that its learning rate follows."""
+    """The optimizer, and the line that its learning rate follows."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     """AdamW for all; or Muon (momentum made orthogonal) for the matrices of the blocks, its steps
@@ -31,6 +28,8 @@ class OptimizerSettings(Settings):
     """Learning rate at the last step."""
     warmup: int = Field(default=100, ge=0)
     """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls from `lr` to `min_lr`."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -69,6 +68,8 @@ class LogSettings(Settings):
     """Prompts of the grid; empty: captions of the first training and validation samples."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    wandb: str | None = None
+    """Project of Weights & Biases that records go to as well, where `wandb` is installed."""
 
 
 class SamplingSettings(Settings):
@@ -116,42 +117,17 @@ MAY_CHANGE = ("steps", "minutes", "device", "checkpoint", "log", "sampling")
 """Settings that a resumed run may have otherwise. Another `steps` changes the schedule."""
 
 
-def recipe_names() -> list[str]:
-    """Recipes that ship with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
-
-
-def load_recipe(name: str | Path) -> dict[str, Any]:
-    """Values of a shipped recipe (`tiny`) or of a TOML file; raises `UsageError` for neither."""
-    path = Path(name)
-    if path.suffix != ".toml":
-        path = RECIPES / f"{name}.toml"
-        if str(name) not in recipe_names():
-            near = difflib.get_close_matches(str(name), recipe_names(), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipe_names())}"
-            raise UsageError(f"no recipe {name}: {hint} (or give a file.toml)")
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path} is not TOML: {error}") from error
-
-
 def settings_from(
     recipe: str | Path | None = None,
     *layers: Mapping[str, Any],
     sets: Iterable[str] = (),
 ) -> TrainSettings:
     """Defaults, then the recipe, then `layers`, then `key=value` strings."""
-    base = load_recipe(recipe) if recipe is not None else {}
+    base = load_recipe(recipe, RECIPES) if recipe is not None else {}
     return build(TrainSettings, base, *layers, sets=sets)
 
 
 def learning_rate(step: int, total: int, settings: OptimizerSettings) -> float:
-    """Learning rate of `step` (from 0) out of `total`: linear warm-up, then cosine to `min_lr`."""
-    if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, total - 1 - settings.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return settings.min_lr + (settings.lr - settings.min_lr) * cosine
+    """Learning rate of `step` (from 0) out of `total`, `min_lr` at the last."""
+    warmup, schedule = settings.warmup, settings.schedule
+    return rate(step, total - 1, settings.lr, settings.min_lr, warmup, schedule)

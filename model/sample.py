@@ -27,10 +27,10 @@ from unimodal.model.checkpoint import find, read_json
 from unimodal.model.choice import Choice, Noise
 from unimodal.model.decoder import Decoder
 from unimodal.model.grammar import BlockGrammar, TextGrammar
-from unimodal.model.recipe import SamplingSettings, load_recipe
+from unimodal.model.recipe import RECIPES, SamplingSettings
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.progress import Progress
-from unimodal.pipeline.settings import build
+from unimodal.pipeline.settings import build, load_recipe
 from unimodal.tokenize.document import Image, Video, serialize
 from unimodal.tokenize.vocabulary import Vocabulary
 
@@ -120,7 +120,9 @@ class Sampler:
             )
         settings = SamplingSettings()
         if (top / "config.toml").is_file():
-            settings = build(SamplingSettings, load_recipe(top / "config.toml").get("sampling", {}))
+            settings = build(
+                SamplingSettings, load_recipe(top / "config.toml", RECIPES).get("sampling", {})
+            )
         joint = bool(about["vision_tokenizer"].get("joint"))
         return cls(decoder, vocabulary, tokenizer, about.get("grids", ()), settings, batch, joint)
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,22 +38,18 @@ from unimodal.model.data import (
 )
 from unimodal.model.decoder import Decoder, DecoderConfig, parameter_count
 from unimodal.model.loss import LossByKind, weighted_cross_entropy
-from unimodal.model.metrics import Metrics
-from unimodal.model.recipe import MAY_CHANGE, TrainSettings, learning_rate, load_recipe
+from unimodal.model.recipe import MAY_CHANGE, RECIPES, TrainSettings, learning_rate
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
-from unimodal.pipeline.settings import build
+from unimodal.pipeline.settings import build, differences, load_recipe
 from unimodal.tokenize.device import usable
+from unimodal.tokenize.training import Interrupted, Record, not_finite, signals
 
 __all__ = ["Interrupted", "TrainSettings", "train"]
 
 FIRST_PACE = 16
 """With `minutes`, the schedule is fitted to the pace at this step and at each doubling of it."""
-
-
-class Interrupted(UnimodalError):
-    """A signal ended the run after its state was saved."""
 
 
 @dataclass
@@ -123,15 +118,18 @@ def train(
     loader = Loader(samples, settings.data, settings.seed, cursor)
     progress.note(_introduction(decoder, samples, loader, settings, device))
     run = _Run(out, settings, decoder, optimizers, loader, clock, losses, progress)
-    run.metrics = Metrics(out, clock.step, settings.log.tensorboard)
+    log = settings.log
+    run.record = Record(
+        out, clock.step, log.tensorboard, log.wandb, settings.model_dump(mode="json")
+    )
     progress.begin("train", clock.total, "steps")
     progress.advance("train", clock.step)
     try:
-        with _signals() as received:
+        with signals() as received:
             run.steps(received)
     finally:
         progress.end("train")
-        run.metrics.close()
+        run.record.close()
     return out
 
 
@@ -147,7 +145,7 @@ class _Run:
     clock: Clock
     losses: LossByKind
     progress: Progress
-    metrics: Metrics = field(init=False)
+    record: Record = field(init=False)
     _validation: list[Batch] | None = None
 
     def steps(self, received: list[int]) -> None:
@@ -223,7 +221,7 @@ class _Run:
             "elapsed_s": round(clock.seconds(), 3),
         }
         self.losses.clear()
-        self.metrics.write(clock.step, record)
+        self.record.write(clock.step, record)
         self.progress.show({"step": clock.step, "steps": clock.total, **record})
 
     def validate(self) -> None:
@@ -242,7 +240,7 @@ class _Run:
                 batch = batch.to(self.decoder.lm_head.weight.device)
                 losses.add(_loss(self.decoder, batch)[1], batch.kinds, batch.weights)
         values = {f"validation/{name}": mean for name, mean in losses.means().items()}
-        self.metrics.write(self.clock.step, values)
+        self.record.write(self.clock.step, values)
         self.progress.show({"step": self.clock.step, **values})
 
     def sample(self) -> None:
@@ -264,7 +262,7 @@ class _Run:
 
         with atomic(path) as temporary:
             Image.fromarray(sheet).save(temporary, format="png")
-        self.metrics.image(self.clock.step, "samples", sheet)
+        self.record.image(self.clock.step, "samples", sheet)
 
     def save(self) -> None:
         """Write a checkpoint of the present step."""
@@ -297,18 +295,13 @@ class _Run:
 
         The last checkpoint is from before this step.
         """
-        bad = [
-            name
-            for name, p in self.decoder.named_parameters()
-            if not torch.isfinite(p).all() or (p.grad is not None and not p.grad.isfinite().all())
-        ]
         report = {
             "step": self.clock.step,
             "loss": str(loss),
             "grad_norm": str(norm),
             "lr": learning_rate(self.clock.step, self.clock.total, self.settings.optimizer),
             "samples": [key for batch in batches for key in batch.keys],
-            "not_finite": bad,
+            "not_finite": not_finite(self.decoder),
         }
         path = self.out / "not-finite.json"
         with atomic(path) as file:
@@ -376,21 +369,12 @@ def _same_run(out: Path, settings: TrainSettings, about: dict[str, Any]) -> None
         raise UnimodalError(
             f"the shards are not those that {out} was trained on: choose another directory"
         )
-    old = build(TrainSettings, load_recipe(out / "config.toml")).model_dump(mode="json")
-    new = settings.model_dump(mode="json")
-    changed = [
-        f"{group}.{key} was {was[key]!r}, now {new[group][key]!r}"
-        if isinstance(was, dict)
-        else f"{group} was {was!r}, now {new[group]!r}"
-        for group, was in old.items()
-        if group not in MAY_CHANGE
-        for key in (was if isinstance(was, dict) else [group])
-        if (was[key] if isinstance(was, dict) else was)
-        != (new[group][key] if isinstance(was, dict) else new[group])
-    ]
+    old = build(TrainSettings, load_recipe(out / "config.toml", RECIPES)).model_dump(mode="json")
+    changed = differences(old, settings.model_dump(mode="json"), MAY_CHANGE)
     if changed:
+        listed = "; ".join(f"{key} was {a!r}, now {b!r}" for key, (a, b) in changed.items())
         raise UnimodalError(
-            f"{out} was trained with other settings ({'; '.join(changed)}): "
+            f"{out} was trained with other settings ({listed}): "
             "set them back, or choose another directory"
         )
 
@@ -416,28 +400,3 @@ def _introduction(
 
 def _due(step: int, every: int, last: bool) -> bool:
     return bool(every) and (last or step % every == 0)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying; a second SIGINT interrupts at once.
-
-    Outside the main thread signals cannot be taken over: there the list stays empty.
-    """
-    received: list[int] = []
-
-    def take(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        old = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -10,7 +10,8 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -70,6 +71,46 @@ def keys(cls: type[Settings], prefix: str = "") -> list[str]:
         else:
             found.append(prefix + name)
     return found
+
+
+def recipe_names(folder: Path) -> list[str]:
+    """Recipes in a folder of the package."""
+    return sorted(path.stem for path in folder.glob("*.toml"))
+
+
+def load_recipe(name: str | Path, folder: Path) -> dict[str, Any]:
+    """Values of a recipe in `folder` (`tiny`), or of a TOML file; else raises `UsageError`."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        path, known = folder / f"{name}.toml", recipe_names(folder)
+        if str(name) not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise UsageError(f"no recipe {name}: {hint} (or give a file.toml)")
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} is not TOML: {error}") from error
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of each dotted key that differs, but for keys and groups in `free`."""
+
+    def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in values.items():
+            if prefix + key in free:
+                continue
+            inner = isinstance(value, Mapping)
+            out |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+        return out
+
+    old, new = flat(before), flat(now)
+    return {k: (old.get(k), v) for k, v in sorted(new.items()) if old.get(k) != v}
 
 
 def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:

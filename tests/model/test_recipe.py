@@ -9,19 +9,19 @@ import pytest
 
 from unimodal.model.checkpoint import to_toml
 from unimodal.model.recipe import (
+    RECIPES,
     OptimizerSettings,
     TrainSettings,
     learning_rate,
-    load_recipe,
-    recipe_names,
     settings_from,
 )
 from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.settings import load_recipe, recipe_names
 
 
 def test_every_shipped_recipe_is_valid() -> None:
-    assert {"tiny", "small"} <= set(recipe_names())
-    for name in recipe_names():
+    assert {"tiny", "small"} <= set(recipe_names(RECIPES))
+    for name in recipe_names(RECIPES):
         settings_from(name)
 
 
@@ -34,9 +34,9 @@ def test_later_layers_win_over_the_recipe() -> None:
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="no recipe tinny: did you mean tiny"):
-        load_recipe("tinny")
+        load_recipe("tinny", RECIPES)
     with pytest.raises(UsageError, match="cannot be read"):
-        load_recipe("nowhere.toml")
+        load_recipe("nowhere.toml", RECIPES)
 
 
 def test_an_unknown_setting_names_the_nearest() -> None:

@@ -14,12 +14,12 @@ import torch
 
 from unimodal.model.checkpoint import latest_step
 from unimodal.model.decoder import Decoder
-from unimodal.model.metrics import Metrics, read_metrics
 from unimodal.model.recipe import TrainSettings
 from unimodal.model.train import Interrupted, _Run, train
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.shards import Shards
+from unimodal.tokenize.training import Record, read_record
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 from unimodal.tokenize.vocabulary import Vocabulary
 
@@ -28,7 +28,7 @@ MakeSettings = Callable[..., TrainSettings]
 
 def _records(out: Path) -> list[dict[str, Any]]:
     timing = ("tokens_per_s", "elapsed_s")
-    records = read_metrics(out / "metrics.jsonl")
+    records = read_record(out / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in timing} for record in records]
 
 
@@ -181,7 +181,7 @@ def test_minutes_shorten_the_schedule_and_the_learning_rate_with_it(
 ) -> None:
     settings = tiny_settings("steps=100000", "minutes=0.03", "log.every=16")
     train([tiny_shards.path], tmp_path, settings)
-    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    last = read_record(tmp_path / "metrics.jsonl")[-1]
     assert last["step"] < 5000
     assert last["elapsed_s"] < 10  # 1.8 s were asked for; the machine may be busy
     assert last["lr"] < 0.1 * settings.optimizer.lr
@@ -202,11 +202,11 @@ def test_shards_without_training_samples_are_refused(
 
 
 def test_metrics_drop_what_a_killed_run_wrote_behind_its_checkpoint(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    metrics = Record(tmp_path, 0, tensorboard=False)
     for step in (1, 2, 3):
         metrics.write(step, {"loss": 0.5})
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # cut short
-    Metrics(tmp_path, 2, tensorboard=False).close()
-    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    Record(tmp_path, 2, tensorboard=False).close()
+    assert [record["step"] for record in read_record(tmp_path / "metrics.jsonl")] == [1, 2]

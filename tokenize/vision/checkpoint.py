@@ -20,10 +20,11 @@ from torch import Tensor
 
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.files import atomic
+from unimodal.tokenize.training import WeightAverage
 from unimodal.tokenize.vision.codebook import MovingCodebook
 from unimodal.tokenize.vision.discriminator import Discriminator
 from unimodal.tokenize.vision.movq import MoVQ
-from unimodal.tokenize.vision.optim import Optimizer, WeightAverage
+from unimodal.tokenize.vision.optim import Optimizer
 from unimodal.tokenize.vision.recipe import TokenizerSettings, changed
 from unimodal.tokenize.vision.tokenizer import save_config
 
@@ -37,7 +38,7 @@ class Learners:
     model: MoVQ
     optimizer: Optimizer
     book: MovingCodebook
-    average: WeightAverage
+    average: WeightAverage[MoVQ]
     judge: Discriminator | None = None
     judge_optimizer: Optimizer | None = None
 

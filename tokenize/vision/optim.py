@@ -1,14 +1,14 @@
-"""The optimizer of a tokenizer in training, and the moving average of its weights."""
+"""The optimizer of a tokenizer in training, and what its weight average knows of the codebook."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unimodal.tokenize.training import WeightAverage
 from unimodal.tokenize.vision.movq import MoVQ
 from unimodal.tokenize.vision.recipe import OptimizerSettings
 
@@ -113,27 +113,8 @@ class Optimizer:
                 optimizer.state[parameter] = values[name]
 
 
-class WeightAverage:
-    """A copy of a network whose weights are moving averages; with decay 0, the network itself.
-
-    The first steps average over fewer, so that the start is soon forgotten (MoVQGAN's form).
-    """
-
-    def __init__(self, model: MoVQ, decay: float) -> None:
-        self.decay, self.source = decay, model
-        self.model = copy.deepcopy(model).requires_grad_(False).eval() if decay else model
-        self.ours: list[Tensor] = list(self.model.parameters())
-        self.theirs: list[Tensor] = list(model.parameters())
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After optimizer step `step`, from 0."""
-        if self.decay:
-            decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.ours, self.theirs, 1 - decay)
-
-    @torch.no_grad()
-    def jump(self, entries: Tensor) -> None:
-        """Take these entries of the codebook as they are: between two places there is nothing."""
-        ours, theirs = (m.quantize.embedding.weight for m in (self.model, self.source))
-        ours[entries] = theirs[entries]
+@torch.no_grad()
+def jump(average: WeightAverage[MoVQ], entries: Tensor) -> None:
+    """Take these entries of the codebook as they are: between two places there is nothing."""
+    ours, theirs = (m.quantize.embedding.weight for m in (average.model, average.source))
+    ours[entries] = theirs[entries]

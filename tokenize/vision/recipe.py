@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +9,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from unimodal.pipeline.errors import UsageError
-from unimodal.pipeline.settings import Settings, build
+from unimodal.pipeline.settings import Settings, build, differences, load_recipe
+from unimodal.tokenize.training import rate
 from unimodal.tokenize.vision.movq import MoVQConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -162,56 +160,22 @@ MAY_CHANGE = ("steps", "save_every", "log_every", "tensorboard", "needs_init")
 """Settings that a resumed training may have otherwise. Another `steps` changes the schedule."""
 
 
-def recipe_names() -> list[str]:
-    """Recipes that ship with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
-
-
-def load_recipe(name: str) -> dict[str, Any]:
-    """Values of a shipped recipe (`small`) or of a TOML file; raises `UsageError` for neither."""
-    path = Path(name)
-    if path.suffix != ".toml":
-        path = RECIPES / f"{name}.toml"
-        if name not in recipe_names():
-            near = difflib.get_close_matches(name, recipe_names(), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(recipe_names())}"
-            raise UsageError(f"no recipe {name}: {hint} (or give a file.toml)")
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path} is not TOML: {error}") from error
-
-
 def settings_from(
     recipe: str, *layers: Mapping[str, Any], sets: Iterable[str] = ()
 ) -> TokenizerSettings:
-    """Defaults, then the recipe, then `layers`, then `key=value` strings."""
-    return build(TokenizerSettings, load_recipe(recipe), *layers, sets=sets)
+    """Defaults, then the recipe (shipped, or a TOML file), then `layers`, then `key=value`s."""
+    return build(TokenizerSettings, load_recipe(recipe, RECIPES), *layers, sets=sets)
 
 
 def changed(before: Mapping[str, Any], now: TokenizerSettings) -> list[str]:
     """What a resumed training would have otherwise than before, of what may not change."""
-
-    def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in values.items():
-            if isinstance(value, Mapping):
-                out |= flat(value, f"{prefix}{key}.")
-            elif prefix + key not in MAY_CHANGE:
-                # LPIPS's weights may move to another place, but not come or go.
-                out[prefix + key] = value is None if prefix + key == "loss.lpips" else value
-        return out
-
-    old, new = flat(before), flat(now.model_dump(mode="json"))
-    return sorted(key for key in new if new[key] != old.get(key))
+    found = differences(before, now.model_dump(mode="json"), MAY_CHANGE)
+    lpips = found.get("loss.lpips")
+    if lpips and None not in lpips:  # its weights may move to another place, but not come or go
+        del found["loss.lpips"]
+    return list(found)
 
 
 def learning_rate(step: int, total: int, settings: OptimizerSettings) -> float:
     """Of `step` (from 0) out of `total`: linear rise, then cosine to `min_lr`."""
-    if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, total - settings.warmup)
-    cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
-    return settings.min_lr + (settings.lr - settings.min_lr) * cosine
+    return rate(step, total, settings.lr, settings.min_lr, settings.warmup)

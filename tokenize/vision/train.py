@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +31,7 @@ from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.device import out_of_memory
+from unimodal.tokenize.training import Interrupted, Record, WeightAverage, not_finite, signals
 from unimodal.tokenize.vision import checkpoint, init
 from unimodal.tokenize.vision.bank import Bank, batch, list_spans, load_bank
 from unimodal.tokenize.vision.checkpoint import Learners
@@ -40,7 +40,7 @@ from unimodal.tokenize.vision.discriminator import Discriminator, hinge
 from unimodal.tokenize.vision.evaluate import evaluate
 from unimodal.tokenize.vision.losses import sharpness
 from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
-from unimodal.tokenize.vision.optim import Optimizer, WeightAverage
+from unimodal.tokenize.vision.optim import Optimizer, jump
 from unimodal.tokenize.vision.perceptual import LPIPS, load_lpips
 from unimodal.tokenize.vision.pixels import to_pixels
 from unimodal.tokenize.vision.ranks import Ranks, joined
@@ -50,7 +50,6 @@ from unimodal.tokenize.vision.recipe import (
     TokenizerSettings,
     learning_rate,
 )
-from unimodal.tokenize.vision.record import Record
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 
 __all__ = ["Interrupted", "Network", "TokenizerSettings", "train_tokenizer"]
@@ -59,10 +58,6 @@ START_CROPS = 512  # looked at for principal components
 LATENTS_AN_ENTRY = 16  # for k-means
 START = 1 << 31  # steps from here on are the batches of the start
 AHEAD = 4  # batches that threads cut while a GPU works
-
-
-class Interrupted(UnimodalError):
-    """A signal ended the training after its state was saved."""
 
 
 def train_tokenizer(
@@ -257,7 +252,7 @@ class _Run:
         self.progress.begin("steps", settings.steps, "steps")
         self.progress.advance("steps", self.done)
         try:
-            with _signals() as received, _batches(self) as batches:
+            with signals() as received, _batches(self) as batches:
                 for step in range(self.done, settings.steps):
                     pixels = next(batches)
                     values, stopped = self.step(step, pixels, bool(received))
@@ -321,7 +316,7 @@ class _Run:
         every = settings.codebook.revive_every
         if every and step % every == every - 1:
             moved = learners.book.revive(np.random.default_rng([settings.seed, step, 0, 1]))
-            learners.average.jump(moved)
+            jump(learners.average, moved)
             values["revived"] = float(len(moved))
         return {**values, "lr": lr}, stopped
 
@@ -382,11 +377,7 @@ class _Run:
 
     def stop_not_finite(self, step: int, values: dict[str, float]) -> None:
         """Write down what is known, and stop; the last save is from before this step."""
-        bad = [
-            name
-            for name, p in self.learners.model.named_parameters()
-            if not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all())
-        ]
+        bad = not_finite(self.learners.model)
         path = self.out / "not-finite.json"
         if self.ranks.rank == 0:
             report = {"step": step, **{k: str(v) for k, v in values.items()}, "not_finite": bad}
@@ -431,28 +422,3 @@ def _batches(run: _Run) -> Iterator[Iterator[Tensor]]:
         finally:
             for future in coming:
                 future.cancel()
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying; a second SIGINT interrupts at once.
-
-    Outside the main thread signals cannot be taken over: there the list stays empty.
-    """
-    received: list[int] = []
-
-    def take(number: int, frame: object) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        old = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

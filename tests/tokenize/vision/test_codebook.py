@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from unimodal.tokenize.training import WeightAverage
 from unimodal.tokenize.vision.codebook import MovingCodebook
 from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
-from unimodal.tokenize.vision.optim import Optimizer, WeightAverage
+from unimodal.tokenize.vision.optim import Optimizer, jump
 from unimodal.tokenize.vision.ranks import Ranks
 from unimodal.tokenize.vision.recipe import CodebookSettings, OptimizerSettings
 
@@ -90,7 +91,7 @@ def test_weights_are_averaged_over_few_steps_first_and_jump_where_entries_did() 
     assert torch.allclose(ours, old + 0.95)
     with torch.no_grad():
         model.quantize.embedding.weight.add_(1.0)
-    average.jump(torch.tensor([1]))
+    jump(average, torch.tensor([1]))
     same = (average.model.quantize.embedding.weight == model.quantize.embedding.weight).all(1)
     assert same.tolist() == [False, True, False, False]
     assert WeightAverage(model, 0.0).model is model

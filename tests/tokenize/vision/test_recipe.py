@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 
 from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.settings import recipe_names
 from unimodal.tokenize.vision.movq import MoVQConfig
 from unimodal.tokenize.vision.recipe import (
+    RECIPES,
     TokenizerSettings,
     changed,
     learning_rate,
-    recipe_names,
     settings_from,
 )
 
 
 def test_shipped_recipes_say_what_was_published() -> None:
-    assert recipe_names() == ["emu3", "llamagen", "movqgan", "small"]
+    assert recipe_names(RECIPES) == ["emu3", "llamagen", "movqgan", "small"]
     movqgan, llamagen, emu3 = (settings_from(n) for n in ("movqgan", "llamagen", "emu3"))
     assert emu3.network.config() == MoVQConfig() and emu3.needs_init
     for recipe, commitment, codebook in ((movqgan, 1.0, 0.25), (llamagen, 0.25, 1.0)):

@@ -1,6 +1,6 @@
 """What a legal sequence looks like: one description for serializer, parser and sampler.
 
-    document     = [BOS] (text | vision block)* [EOS]
+    document     = [BOS] (text | vision block | EOS)* [EOS]    an inner EOS ends a turn of a chat
     vision block = BOI meta IMG (frame EOF)+ EOI          an image has one frame
     frame        = (W codes EOL) * H                       EOL ends every row, the last one too
 
@@ -10,13 +10,23 @@ and pictures per second, so that the duration is 4 T / fps seconds.
 
 Given the meta, a block has no freedom but its codes. `block_template` writes that down once: the
 serializer fills it in, the parser compares with it, and the sampler draws only where it is FREE.
+
+Chats are written with Emu3-Chat's template, whose literal period behind a question is kept:
+
+    BOS "You are a helpful assistant. " ("USER: " question ". ASSISTANT:" answer EOS)+
+
+A question may hold pictures anywhere. Further turns are ours (Emu3 publishes one), after Vicuna,
+whose template this is. Each text is encoded by itself, so that lengths follow from counts: the
+"?" of a question and the "." behind it are two ids, where one line encoded whole might give one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +80,127 @@ class Video:
         return self.fps == other.fps and np.array_equal(self.codes, other.codes)
 
 
-Segment = Text | Image | Video
+@dataclass(frozen=True)
+class End:
+    """EOS inside a document: the end of a turn of a chat."""
+
+
+Segment = Text | Image | Video | End
+
+SYSTEM = "You are a helpful assistant. "
+ROLES = {
+    "text": ("text",),
+    "interleaved": ("text",),
+    "chat": ("user", "assistant"),
+    "edit": ("source", "instruction", "result"),
+}
+"""Of each task, the roles that its pieces have, in this order."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A segment of a document, and who says it: see `ROLES`."""
+
+    segment: Text | Image | Video
+    role: str = "text"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A segment as it stands in a sequence, and whether it is to be predicted."""
+
+    segment: Segment
+    target: bool
+
+
+def compose(task: str, pieces: Sequence[Piece]) -> list[Part]:
+    """The whole document, template and all, but for its BOS and last EOS.
+
+    Targets are: every piece of `text` and `interleaved`; answers and the EOS behind each in
+    `chat`; the result in `edit`, whose source and instruction are context. Raises
+    `DocumentError` if the roles are not those of the task, see `ROLES`.
+    """
+    placed = _layout(task, [piece.role for piece in pieces])
+    return [
+        Part(pieces[at].segment if isinstance(at, int) else at, target) for at, target in placed
+    ]
+
+
+def _layout(task: str, roles: Sequence[str]) -> Iterator[tuple[int | Text | End, bool]]:
+    """Pieces by number, and what the template puts between them, each with whether a target."""
+    if task not in ROLES:
+        raise DocumentError(f"no task is called {task}: there are {', '.join(ROLES)}")
+    turns = [(role, [i for i, _ in some]) for role, some in groupby(enumerate(roles), _role)]
+    said, known = [role for role, _ in turns], ROLES[task]
+    if task == "chat":
+        good = said == list(known) * (len(said) // 2)
+    else:
+        good = said == list(known)
+    if not (good and said):
+        wanted = ", ".join(known) + (", in turn" if task == "chat" else "")
+        raise DocumentError(f"a document of task {task} has {wanted}, not {', '.join(said)}")
+    for number, (role, places) in enumerate(turns):
+        if role == "user":
+            yield Text("USER: " if number else f"{SYSTEM}USER: "), False
+        for place in places:
+            yield place, role not in ("user", "source", "instruction")
+        if role == "user":
+            yield Text(". ASSISTANT:"), False
+        elif role == "assistant" and number + 1 < len(turns):  # the last one's is the document's
+            yield End(), True
+
+
+def _role(numbered: tuple[int, str]) -> str:
+    return numbered[1]
+
+
+def write(
+    parts: Sequence[Part], vocabulary: Vocabulary, vision_weight: float, eos: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a document, int64 [S], and the weight of each as a target, float32 [S].
+
+    Targets weigh as `loss_weights` says, all else 0; EOS is a target where the last part is one.
+    Raises `DocumentError` as `serialize` does.
+    """
+    pieces = [serialize([part.segment], vocabulary, bos=False, eos=False) for part in parts]
+    weighed = [
+        np.full(len(ids), part.target and _weight(part.segment, vision_weight), np.float32)
+        for part, ids in zip(parts, pieces, strict=True)
+    ]
+    last = [vocabulary.eos] if eos else []
+    weight = [float(bool(parts) and parts[-1].target)] * len(last)
+    return (
+        np.concatenate([[vocabulary.bos], *pieces, last]).astype(np.int64),
+        np.concatenate([[0], *weighed, weight]).astype(np.float32),
+    )
+
+
+def _weight(segment: Segment, vision_weight: float) -> float:
+    return vision_weight if isinstance(segment, Image | Video) else 1.0
+
+
+def parts_length(task: str, segments: Sequence[Mapping[str, Any]], vocabulary: Vocabulary) -> int:
+    """Number of ids that `write` gives for a document, from `segments` of the index alone.
+
+    Each has kind, role, and its counts: tokens of a text; frames, height, width and fps else.
+    """
+    total = 2  # BOS, EOS
+    for at, _ in _layout(task, [segment["role"] for segment in segments]):
+        if isinstance(at, End):
+            total += 1
+        elif isinstance(at, Text):
+            total += len(vocabulary.text.encode(at.text))
+        else:
+            total += segment_length(segments[at], vocabulary)
+    return total
+
+
+def segment_length(segment: Mapping[str, Any], vocabulary: Vocabulary) -> int:
+    """Number of ids of one of the index's `segments`."""
+    if segment["kind"] == "text":
+        return int(segment["tokens"])
+    moving = (segment["frames"], segment["fps"]) if segment["kind"] == "video" else ()
+    return block_length(vocabulary, segment["height"], segment["width"], *moving)
 
 
 def generation(caption: str, vision: Image | Video) -> list[Segment]:
@@ -147,6 +277,8 @@ def serialize(
     for segment in segments:
         if isinstance(segment, Text):
             pieces.append(np.array(vocabulary.text.encode(segment.text), np.int64))
+        elif isinstance(segment, End):
+            pieces.append(np.array([vocabulary.eos]))
         else:
             pieces.append(_block(segment, vocabulary))
     if eos:
@@ -199,6 +331,9 @@ def parse(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[Segme
             stop = position + _run(text[position:end])
             segments.append(Text(vocabulary.text.decode(ids[position:stop].tolist())))
             position = stop
+        elif ids[position] == vocabulary.eos:
+            segments.append(End())
+            position += 1
         else:
             raise DocumentError(
                 f"position {position}: {_describe(ids[position], vocabulary)} outside a block"

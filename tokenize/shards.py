@@ -1,7 +1,8 @@
 """Tokens on disk: WebDataset tars that anyone can open, and a Parquet index beside each.
 
     shards/
-      shard-00000.tar       per sample {key}.json (captions, metadata), {key}.vision.npy (codes)
+      shard-00000.tar       per sample {key}.json (captions, metadata), {key}.vision.npy (codes);
+                            of a document each text, {key}.N.txt, and further {key}.vision.N.npy
       shard-00000.parquet   one row per sample: where its codes are, what it is, its captions
       manifest.json         which tokenizer, vocabulary and settings; what there is
       quarantine.parquet    what could not be tokenized, and why
@@ -20,7 +21,8 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,14 +30,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unimodal.pipeline.clips import QUARANTINE, read_parquet, write_parquet
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.files import atomic
+from unimodal.tokenize.document import Image, Piece, Text, Video
 from unimodal.tokenize.vocabulary import Vocabulary
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 had neither task nor segments: its samples all have captions. It can be read."""
 
 CAPTION = pa.struct(
     [
@@ -46,6 +51,20 @@ CAPTION = pa.struct(
     ]
 )
 
+SEGMENT = pa.struct(
+    [
+        pa.field("kind", pa.string()),  # text | image | video
+        pa.field("role", pa.string()),  # see unimodal.tokenize.document.ROLES
+        pa.field("tokens", pa.int32()),  # ids of a text; null for codes, as sizes are for a text
+        pa.field("frames", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("fps", pa.float64()),
+        pa.field("offset", pa.int64()),  # inside the tar, bytes
+        pa.field("nbytes", pa.int64()),
+    ]
+)
+
 INDEX = pa.schema(
     [
         pa.field("shard", pa.string(), nullable=False),
@@ -53,7 +72,7 @@ INDEX = pa.schema(
         pa.field("uid", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),  # of the npy file inside the tar, bytes
         pa.field("nbytes", pa.int64(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),  # image | video
+        pa.field("kind", pa.string(), nullable=False),  # image | video | document
         pa.field("frames", pa.int32(), nullable=False),  # T, latent frames; 1 for an image
         pa.field("height", pa.int32(), nullable=False),  # H and W, in codes
         pa.field("width", pa.int32(), nullable=False),
@@ -63,6 +82,8 @@ INDEX = pa.schema(
         pa.field("split", pa.string(), nullable=False),  # train | val
         pa.field("source_sha256", pa.string(), nullable=False),
         pa.field("captions", pa.list_(CAPTION)),  # by precedence
+        pa.field("task", pa.string(), nullable=False),  # caption | text | chat | interleaved | edit
+        pa.field("segments", pa.list_(SEGMENT)),  # null for caption: the columns before say it all
     ]
 )
 """Columns of the index; the scores of the run ride along behind them, one float64 each."""
@@ -70,17 +91,20 @@ INDEX = pa.schema(
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _SHARD = re.compile(r"shard-[0-9]{5,9}\.tar")
 MAX_CODES = 1 << 28
-"""Codes in one sample; far over any real one, it bounds what a hostile index can ask for."""
+"""Codes in one picture or clip; far over any real one, it bounds what a hostile index asks for."""
+MAX_TEXT_BYTES = 1 << 28
+"""Bytes of one text, likewise."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What goes into a shard: codes [T, H, W] and everything known of them."""
+    """What goes into a shard: codes [T, H, W], or the pieces of a document, and what is known."""
 
     key: str
     uid: str
     kind: str
-    codes: np.ndarray
+    codes: np.ndarray | None
+    """None for a document."""
     split: str
     source_sha256: str
     fps: float | None = None
@@ -90,6 +114,10 @@ class Sample:
     """Each with style, lang, text, tokens."""
     scores: Mapping[str, float | None] = field(default_factory=dict)
     meta: Mapping[str, str] = field(default_factory=dict)
+    task: str = "caption"
+    pieces: Sequence[Piece] = ()
+    tokens: Sequence[int | None] = ()
+    """Ids of each piece that is a text."""
 
 
 class VisionTokenizer(Protocol):
@@ -211,9 +239,9 @@ class ShardWriter:
             tar, index = shard_paths(self.out, number)
             unit = _unit(index)
             lost += unit["quarantine"]
-            rows = read_parquet(index, columns=["split", "frames", "height", "width"])
-            sizes = [rows[name].to_numpy().astype(np.int64) for name in rows.column_names[1:]]
-            self.codes.append(int((sizes[0] * sizes[1] * sizes[2]).sum()))
+            rows = read_parquet(index, columns=["split", *_SIZE, "segments"])
+            inner = pa.Table.from_struct_array(pc.list_flatten(rows["segments"]))
+            self.codes.append(_codes_in(rows) + _codes_in(inner))
             splits = rows["split"].to_pylist()
             totals["samples"] += len(splits)
             totals["train"] += splits.count("train")
@@ -226,7 +254,7 @@ class ShardWriter:
         )
         if not totals["samples"]:
             raise UnimodalError(
-                f"none of the clips could be tokenized: {self.out / 'quarantine.parquet'} says why"
+                f"nothing could be tokenized: {self.out / 'quarantine.parquet'} says why"
                 + (f" (first: {lost[0]['reason']})" if lost else "")
             )
         totals["quarantined"] = len(lost)
@@ -243,6 +271,10 @@ class ShardWriter:
 
     def _same(self, there: Mapping[str, Any]) -> None:
         remedy = f"choose another --out, or delete {self.out} to make it anew"
+        if there["format"] != FORMAT:
+            raise UnimodalError(
+                f"the shards in {self.out} have format {there['format']}, now {FORMAT}: {remedy}"
+            )
         for key in ("vision_tokenizer", "vocabulary"):
             old, new = there[key]["digest"], self.header[key]["digest"]
             if old != new:
@@ -300,12 +332,8 @@ def _add(file: io.BufferedWriter, sample: Sample, shard: str, codebook: int) -> 
     """Append the two members of a sample; returns its index row."""
     if not _KEY.fullmatch(sample.key):
         raise ValueError(f"{sample.key!r} cannot be a sample key")
-    codes = np.asarray(sample.codes)
-    if codes.ndim != 3 or codes.dtype.kind not in "iu" or not codes.size:
-        raise ValueError(f"codes of {sample.key} are {codes.dtype} {codes.shape}")
-    if codes.min() < 0 or codes.max() >= codebook:
-        raise ValueError(f"codes of {sample.key} are outside the codebook")
-    frames, height, width = codes.shape
+    data = None if sample.codes is None else _npy(sample.codes, codebook, sample.key)
+    frames, height, width = (0, 0, 0) if sample.codes is None else sample.codes.shape
     row = {
         "key": sample.key,
         "uid": sample.uid,
@@ -319,15 +347,54 @@ def _add(file: io.BufferedWriter, sample: Sample, shard: str, codebook: int) -> 
         "split": sample.split,
         "source_sha256": sample.source_sha256,
         "captions": [dict(caption) for caption in sample.captions],
+        "task": sample.task,
     }
-    record = row | {"scores": dict(sample.scores), "meta": dict(sample.meta)}
+    segments, members = _segments(sample, codebook)
+    told: dict[str, Any] = {"segments": segments} if data is None else {}
+    record = row | told | {"scores": dict(sample.scores), "meta": dict(sample.meta)}
     text = json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False)
     _member(file, f"{sample.key}.json", text.encode())
+    offset = 0 if data is None else _member(file, f"{sample.key}.vision.npy", data)
+    for segment, member in zip(segments, members, strict=True):
+        name = segment.pop("member")
+        segment |= {"offset": _member(file, f"{sample.key}.{name}", member), "nbytes": len(member)}
+    place = {"shard": shard, "offset": offset, "nbytes": len(data or b"")}
+    return row | told | dict(sample.scores) | place
+
+
+def _segments(sample: Sample, codebook: int) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """What the index tells of the pieces of a document, with the name of each, and their bytes."""
+    segments: list[dict[str, Any]] = []
+    members: list[bytes] = []
+    seen = 0  # pictures and videos
+    for number, (piece, tokens) in enumerate(zip(sample.pieces, sample.tokens, strict=True)):
+        thing = piece.segment
+        told: dict[str, Any] = {"role": piece.role}
+        if isinstance(thing, Text):
+            members.append(thing.text.encode())
+            told |= {"kind": "text", "tokens": tokens, "member": f"{number}.txt"}
+        else:
+            codes = thing.codes[None] if isinstance(thing, Image) else thing.codes
+            members.append(_npy(codes, codebook, sample.key))
+            told |= dict(zip(_SIZE, codes.shape, strict=True))
+            told["member"] = f"vision.{seen}.npy" if seen else "vision.npy"
+            told["kind"] = "image" if isinstance(thing, Image) else "video"
+            if isinstance(thing, Video):
+                told["fps"] = thing.fps
+            seen += 1
+        segments.append(told)
+    return segments, members
+
+
+def _npy(codes: np.ndarray, codebook: int, key: str) -> bytes:
+    """Codes [T, H, W] as an npy file."""
+    if codes.ndim != 3 or codes.dtype.kind not in "iu" or not codes.size:
+        raise ValueError(f"codes of {key} are {codes.dtype} {codes.shape}")
+    if codes.min() < 0 or codes.max() >= codebook:
+        raise ValueError(f"codes of {key} are outside the codebook")
     npy, dtype = io.BytesIO(), np.dtype("<u2" if codebook <= 1 << 16 else "<u4")
     np.lib.format.write_array(npy, codes.astype(dtype), (1, 0), allow_pickle=False)
-    offset = _member(file, f"{sample.key}.vision.npy", npy.getvalue())
-    place = {"shard": shard, "offset": offset, "nbytes": npy.tell()}
-    return row | dict(sample.scores) | place
+    return npy.getvalue()
 
 
 class Shards:
@@ -370,6 +437,8 @@ class Shards:
             tar = self.path / shard["name"]
             try:
                 table = pq.read_table(tar.with_suffix(".parquet")).replace_schema_metadata()
+                if self.manifest["format"] == 1:
+                    table = _upgraded(table)
                 columns = pa.schema(list(table.schema)[: len(INDEX)])
             except (OSError, pa.ArrowException) as error:
                 raise UnimodalError(
@@ -390,30 +459,54 @@ class Shards:
             ) from error
 
     def codes(self, row: int) -> np.ndarray:
-        """Codes of one row of the index: uint16 or uint32 [T, H, W].
+        """Codes of one row of the index, of a sample with captions: uint16 or uint32 [T, H, W].
 
         Raises `UnimodalError` naming the shard if its bytes are not what the index says.
         """
         at = {name: self.index[name][row].as_py() for name in _PLACE}
-        tar = self.path / at["shard"]
+        with self._reading(at["shard"], f"the codes of {at['key']}") as tar:
+            return self._codes(tar, at)
+
+    def segments(self, row: int) -> list[Piece]:
+        """Pieces of one row of the index, of a document (not of a sample with captions).
+
+        Raises `UnimodalError` naming the shard if its bytes are not what the index says.
+        """
+        at = {name: self.index[name][row].as_py() for name in ("shard", "key", "segments")}
+        pieces = []
+        with self._reading(at["shard"], f"the document {at['key']}") as tar:
+            for told in at["segments"] or []:
+                if told["kind"] == "text":
+                    pieces.append(Piece(Text(_text(tar, told)), told["role"]))
+                    continue
+                codes = self._codes(tar, told)
+                vision = Image(codes[0]) if told["kind"] == "image" else Video(codes, told["fps"])
+                pieces.append(Piece(vision, told["role"]))
+        return pieces
+
+    def _codes(self, tar: int, at: Mapping[str, Any]) -> np.ndarray:
+        """Codes [T, H, W] that lie in an open tar where and as `at` says."""
         shape = (at["frames"], at["height"], at["width"])
         count = shape[0] * shape[1] * shape[2]
+        if not (min(shape) > 0 and count <= MAX_CODES and 0 < at["nbytes"] <= 4 * count + 4096):
+            raise ValueError(f"{at['nbytes']} bytes for codes {shape}")
+        codes = _read_npy(os.pread(tar, at["nbytes"], at["offset"]), shape)
+        if codes.max() >= self.manifest["vision_tokenizer"]["codebook_size"]:
+            raise ValueError(f"code {codes.max()} is outside the codebook")
+        return codes
+
+    @contextmanager
+    def _reading(self, shard: str, what: str) -> Iterator[int]:
+        """An open descriptor of a tar; whatever goes wrong with it is a `UnimodalError`."""
+        tar = self.path / shard
         try:
-            if not (min(shape) > 0 and count <= MAX_CODES and 0 < at["nbytes"] <= 4 * count + 4096):
-                raise ValueError(f"{at['nbytes']} bytes for codes {shape}")
             descriptor = os.open(tar, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             try:
-                data = os.pread(descriptor, at["nbytes"], at["offset"])
+                yield descriptor
             finally:
                 os.close(descriptor)
-            codes = _read_npy(data, shape)
-            if codes.max() >= self.manifest["vision_tokenizer"]["codebook_size"]:
-                raise ValueError(f"code {codes.max()} is outside the codebook")
         except Exception as error:  # numpy's header parser lets many kinds through
-            raise UnimodalError(
-                f"{tar} does not hold the codes of {at['key']} ({error}): {_remedy(tar)}"
-            ) from error
-        return codes
+            raise UnimodalError(f"{tar} does not hold {what} ({error}): {_remedy(tar)}") from error
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -446,7 +539,30 @@ def check_ours(out: Path) -> None:
             )
 
 
-_PLACE = ("shard", "key", "offset", "nbytes", "frames", "height", "width")
+_SIZE = ("frames", "height", "width")
+_PLACE = ("shard", "key", "offset", "nbytes", *_SIZE)
+
+
+def _text(tar: int, at: Mapping[str, Any]) -> str:
+    data = os.pread(tar, at["nbytes"], at["offset"]) if at["nbytes"] <= MAX_TEXT_BYTES else b""
+    if len(data) != at["nbytes"]:
+        raise ValueError(f"{len(data)} bytes of text where {at['nbytes']} should be")
+    return data.decode()
+
+
+def _codes_in(rows: pa.Table) -> int:
+    """Codes of all rows together, which have the sizes `_SIZE`."""
+    t, h, w = (pc.fill_null(rows[name], 0).to_numpy().astype(np.int64) for name in _SIZE)
+    return int((t * h * w).sum())
+
+
+def _upgraded(table: pa.Table) -> pa.Table:
+    """An index of format 1 with the columns that it lacks."""
+    at = INDEX.get_field_index("task")
+    for number, column in enumerate((["caption"], [None])):
+        field = INDEX.field(at + number)
+        table = table.add_column(at + number, field, pa.array(column * len(table), field.type))
+    return table
 
 
 def _member(file: io.BufferedWriter, name: str, data: bytes) -> int:
@@ -498,7 +614,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise UnimodalError(f"no shards at {path}: make them with unimodal tokenize RUN -o {path}")
     try:
         manifest = json.loads(file.read_text())
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in (1, FORMAT):
             raise UnimodalError(
                 f"{path} has shard format {manifest['format']}, this version reads {FORMAT}: "
                 "install the version that wrote it, or tokenize again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,17 +16,23 @@ from hypothesis.extra import numpy as npst
 from unimodal.tokenize.document import (
     FREE,
     DocumentError,
+    End,
     Image,
+    Part,
+    Piece,
     Segment,
     Text,
     Video,
     block_length,
     block_template,
+    compose,
     generation,
     loss_weights,
     parse,
+    parts_length,
     serialize,
     understanding,
+    write,
 )
 from unimodal.tokenize.vocabulary import Vocabulary
 
@@ -42,6 +49,7 @@ def codes(*sides: st.SearchStrategy[int]) -> st.SearchStrategy[np.ndarray]:
 TEXTS = st.builds(Text, st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 IMAGES = st.builds(Image, codes(SIDE, SIDE))
 VIDEOS = st.builds(Video, codes(SIDE, SIDE, SIDE), st.floats(0.01, 240))
+ENDS = st.just(End())
 
 
 def merged(segments: list[Segment]) -> list[Segment]:
@@ -59,10 +67,12 @@ def merged(segments: list[Segment]) -> list[Segment]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(TEXTS | IMAGES | VIDEOS, max_size=5), st.booleans(), st.booleans(), SIDE)
+@given(st.lists(TEXTS | IMAGES | VIDEOS | ENDS, max_size=5), st.booleans(), st.booleans(), SIDE)
 def test_parse_inverts_serialize(
     segments: list[Segment], bos: bool, eos: bool, padding: int
 ) -> None:
+    while not eos and segments and isinstance(segments[-1], End):
+        segments = segments[:-1]  # an EOS at the very end is the document's own
     ids = serialize(segments, VOCABULARY, bos=bos, eos=eos)
     assert ids.dtype == np.int64
     assert parse(ids, VOCABULARY) == merged(segments)
@@ -91,6 +101,125 @@ def test_any_id_changed_is_an_error_or_another_document(
         stripped = ids[: len(written)]
         np.testing.assert_array_equal(stripped, written)
         assert set(ids[len(written) :]) <= {VOCABULARY.eos, VOCABULARY.pad}
+
+
+def pieces(*roles: str) -> st.SearchStrategy[list[Piece]]:
+    """One to three pieces of each role in turn."""
+    some = (
+        st.lists(st.builds(Piece, TEXTS | IMAGES | VIDEOS, st.just(r)), min_size=1, max_size=3)
+        for r in roles
+    )
+    return st.tuples(*some).map(lambda turns: [piece for turn in turns for piece in turn])
+
+
+DOCUMENTS = st.one_of(
+    st.tuples(st.just("text"), pieces("text")),
+    st.tuples(st.just("interleaved"), pieces("text", "text", "text")),
+    st.tuples(st.just("edit"), pieces("source", "instruction", "result")),
+    *(st.tuples(st.just("chat"), pieces(*["user", "assistant"] * n)) for n in (1, 2, 3)),
+)
+
+
+def told(piece: Piece) -> dict[str, Any]:
+    """What the index of shards says of a piece."""
+    thing = piece.segment
+    if isinstance(thing, Text):
+        return {
+            "kind": "text",
+            "role": piece.role,
+            "tokens": len(VOCABULARY.text.encode(thing.text)),
+        }
+    names = ("frames", "height", "width")[-thing.codes.ndim :]
+    found = {"role": piece.role, **dict(zip(names, thing.codes.shape, strict=True))}
+    if isinstance(thing, Image):
+        return found | {"kind": "image"}
+    return found | {"kind": "video", "fps": thing.fps}
+
+
+@given(DOCUMENTS, st.booleans())
+def test_documents_of_many_pieces_come_back_and_are_as_long_as_their_counts_say(
+    document: tuple[str, list[Piece]], eos: bool
+) -> None:
+    task, given_pieces = document
+    parts = compose(task, given_pieces)
+    ids, weights = write(parts, VOCABULARY, 0.5, eos)
+    assert (ids.dtype, weights.dtype, ids.shape) == (np.int64, np.float32, weights.shape)
+    assert parse(ids, VOCABULARY) == merged([part.segment for part in parts])
+    length = parts_length(task, [told(piece) for piece in given_pieces], VOCABULARY)
+    assert length == len(ids) + (not eos)
+    # What is weighed are the targets, whichever way they are counted.
+    if all(part.target for part in parts):
+        expected = loss_weights(ids, VOCABULARY, 0.5)
+    else:
+        spans = [serialize([p.segment], VOCABULARY, False, False) for p in parts]
+        each = [
+            loss_weights(s, VOCABULARY, 0.5) * p.target for s, p in zip(spans, parts, strict=True)
+        ]
+        expected = np.concatenate([[0], *each, [1.0] * eos])
+    np.testing.assert_array_equal(weights, expected)
+
+
+def test_a_chat_is_emu3s_template_with_loss_on_answers_alone() -> None:
+    v, image = VOCABULARY, Image(np.zeros((1, 2), np.int64))
+    turns = [
+        Piece(image, "user"),
+        Piece(Text("What is it"), "user"),
+        Piece(Text("A cat."), "assistant"),
+        Piece(Text("Sure?"), "user"),
+        Piece(Text("Yes."), "assistant"),
+    ]
+    parts = compose("chat", turns)
+    assert [part.segment for part in parts] == [
+        Text("You are a helpful assistant. USER: "),
+        image,
+        Text("What is it"),
+        Text(". ASSISTANT:"),
+        Text("A cat."),
+        End(),
+        Text("USER: "),
+        Text("Sure?"),
+        Text(". ASSISTANT:"),
+        Text("Yes."),
+    ]
+    ids, weights = write(parts, v, 0.5)
+    assert ids[weights > 0].tolist() == [
+        *v.text.encode("A cat."),
+        v.eos,
+        *v.text.encode("Yes."),
+        v.eos,
+    ]
+    assert set(weights) == {0, 1}
+
+
+def test_an_edit_predicts_only_its_result() -> None:
+    v, before, after = VOCABULARY, *(Image(np.full((1, 2), code)) for code in (3, 4))
+    edit = [Piece(before, "source"), Piece(Text("redder"), "instruction"), Piece(after, "result")]
+    ids, weights = write(compose("edit", edit), v, 0.5)
+    assert ids[weights > 0].tolist() == [*serialize([after], v, bos=False)]
+    assert weights[weights > 0].tolist() == [0.5] * block_length(v, 1, 2) + [1]
+    # A document of captions is weighed as it always was.
+    one = write([Part(Text("a"), True), Part(after, True)], v, 0.5)
+    whole = serialize(generation("a", after), v)
+    np.testing.assert_array_equal(one[0], whole)
+    np.testing.assert_array_equal(one[1], loss_weights(whole, v, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("task", "roles", "message"),
+    [
+        ("poem", ["text"], "no task is called poem: there are text"),
+        ("chat", ["assistant", "user"], "chat has user, assistant, in turn, not assistant, user"),
+        ("chat", ["user", "assistant", "user"], "in turn, not user, assistant, user"),
+        ("chat", [], "in turn, not "),
+        ("edit", ["source", "result"], "edit has source, instruction, result, not source, result"),
+        ("text", ["user"], "text has text, not user"),
+    ],
+)
+def test_roles_that_are_not_the_tasks_are_refused(
+    task: str, roles: list[str], message: str
+) -> None:
+    with pytest.raises(DocumentError, match=message):
+        compose(task, [Piece(Text("a"), role) for role in roles])
 
 
 @given(SIDE, SIDE, st.none() | SIDE)
@@ -216,3 +345,8 @@ def test_golden_document_of_emu3(qwen_ranks: Path) -> None:
     chat = [Text("You are a helpful assistant. USER: "), Image(np.zeros((64, 64), int))]
     head = "151849 2610 525 264 10950 17847 13 13872 25 220 151852 21 19 9 21 19 151851"
     assert serialize(chat, v)[:17].tolist() == [int(i) for i in head.split()]
+    asked = [Piece(chat[1], "user"), Piece(Text("Please describe the image"), "user")]
+    ids, _ = write(compose("chat", [*asked, Piece(Text("a cat"), "assistant")]), v, 0.5)
+    assert ids[:17].tolist() == [int(i) for i in head.split()]
+    tail = "151847 151853 5501 7512 279 2168 13 35560 3846 2821 25"
+    assert ids[ids.tolist().index(v.eof) :][:11].tolist() == [int(i) for i in tail.split()]

@@ -18,6 +18,8 @@ import pytest
 
 from unimodal.pipeline.clips import write_parquet
 from unimodal.pipeline.errors import UnimodalError
+from unimodal.tokenize.document import Image, Piece, Text, Video, compose, parts_length
+from unimodal.tokenize.document import write as write_ids
 from unimodal.tokenize.shards import INDEX, Sample, Shards, ShardWriter
 from unimodal.tokenize.vocabulary import Vocabulary
 
@@ -83,6 +85,83 @@ def test_what_was_written_is_read_back(tmp_path: Path, write: Callable[..., Shar
     assert (shards.vision_tokenizer_dir / "config.json").is_file()
     totals = {"samples": 3, "train": 2, "val": 1, "vision_codes": 60, "quarantined": 2}
     assert shards.manifest["totals"] == totals and len(shards) == 3
+
+
+def document(name: str) -> Sample:
+    """A chat of two pictures, a clip and three texts."""
+    rng = np.random.default_rng(7)
+    first, second, third = (rng.integers(0, 256, size) for size in ((2, 3), (4, 1), (2, 2, 2)))
+    pieces = [
+        Piece(Image(first), "user"),
+        Piece(Text("which of é"), "user"),
+        Piece(Image(second), "user"),
+        Piece(Video(third, 7.5), "user"),
+        Piece(Text(""), "user"),
+        Piece(Text("the second"), "assistant"),
+    ]
+    tokens = [len(p.segment.text.encode()) if isinstance(p.segment, Text) else None for p in pieces]
+    return Sample(
+        name, name, "document", None, "train", "0" * 64, task="chat", pieces=pieces, tokens=tokens
+    )
+
+
+def test_documents_are_read_back_and_their_members_have_names(
+    tmp_path: Path, write: Callable[..., Shards]
+) -> None:
+    import webdataset
+
+    shards = write(tmp_path, [[document("d"), sample("a")]])
+    assert shards.segments(1) == list(document("d").pieces)
+    told = shards.index.slice(1, 1).to_pylist()[0]
+    assert (told["kind"], told["task"], told["frames"], told["captions"]) == (
+        "document",
+        "chat",
+        0,
+        [],
+    )
+    length = parts_length("chat", told["segments"], VOCABULARY)
+    assert length == len(write_ids(compose("chat", shards.segments(1)), VOCABULARY, 0.5)[0])
+    assert shards.index["segments"][0].as_py() is None
+    assert shards.manifest["totals"]["vision_codes"] == 15 + 6 + 4 + 8
+    url = str(tmp_path / "shard-00000.tar")
+    found = list(webdataset.WebDataset([url], shardshuffle=False).decode())[1]
+    names = [segment["member"] for segment in found["json"]["segments"]]
+    assert names == ["vision.npy", "1.txt", "vision.1.npy", "vision.2.npy", "4.txt", "5.txt"]
+    assert found["1.txt"] == "which of é"
+    np.testing.assert_array_equal(found["vision.2.npy"], document("d").pieces[3].segment.codes)
+
+
+def test_a_document_that_is_not_there_is_an_error(
+    tmp_path: Path, write: Callable[..., Shards]
+) -> None:
+    shards = write(tmp_path, [[document("d")]])
+    tar = tmp_path / "shard-00000.tar"
+    whole, segments = tar.read_bytes(), shards.index["segments"][0].as_py()
+    at = segments[5]["offset"]
+    for data, message in [
+        (whole[: at + 3], "3 bytes of text where 10 should be"),
+        (whole[:at] + b"\xff" + whole[at + 1 :], "can't decode byte"),
+        (whole.replace(b"NUMPY", b"DUMPY"), "magic string"),
+    ]:
+        tar.write_bytes(data)
+        with pytest.raises(UnimodalError, match=f"the document d .*{message}.*delete shard-00000"):
+            shards.segments(0)
+
+
+def test_shards_of_format_1_can_be_read(
+    tmp_path: Path, write: Callable[..., Shards], block_mean: Any
+) -> None:
+    new = write(tmp_path / "new")
+    old = write(tmp_path / "old").path
+    for path in old.glob("*-*.parquet"):
+        there = pq.read_table(path)
+        write_parquet(there.drop_columns(["task", "segments"]), path)
+    manifest = json.loads((old / "manifest.json").read_text()) | {"format": 1}
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    shards = Shards.open(old)
+    assert shards.index.equals(new.index)
+    with pytest.raises(UnimodalError, match="have format 1, now 2: choose another --out"):
+        ShardWriter(old, block_mean, VOCABULARY, SETTINGS)
 
 
 def test_equal_samples_give_equal_bytes_in_any_order(
@@ -196,7 +275,7 @@ def test_damaged_directories_name_the_shard_and_the_remedy(
         ("manifest.json", b"{", r"manifest\.json is damaged"),
         ("manifest.json", b"[]", r"manifest\.json is damaged"),
         ("manifest.json", json.dumps(manifest).encode(), "no name of a shard"),
-        ("manifest.json", b'{"format": 2}', "shard format 2, this version reads 1"),
+        ("manifest.json", b'{"format": 3}', "shard format 3, this version reads 2"),
         ("manifest.json", None, "no shards at"),
         ("vocabulary/vocabulary.json", None, "no vocabulary"),
     ]:

@@ -1,0 +1,311 @@
+"""Learning from preferences: of two samples of one prompt, more like the better one.
+
+Legend: P pairs, T packed tokens, V vocabulary; w the chosen sample, l the rejected one.
+
+    loss = mean over pairs of  -log sigmoid(margin) + next_token * mean NLL of the chosen ids
+    margin = beta * [(log p(w) - log p_ref(w)) - (log p(l) - log p_ref(l))]
+
+The first term is DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), the sum of both is what Emu3
+trains with (arXiv 2409.18869, §2.5). Emu3 publishes neither beta, nor the weight of the second
+term, nor which ids count: here 0.1, 1, and the vision codes alone, since all other ids of a block
+are given to the sampler. The mean of the second term is taken per pair, as in Pang et al. 2024
+(arXiv 2404.19733), so that a pair counts the same whatever its size. The reference is the decoder
+that training starts from; its log-probabilities are computed once, before the first step: that
+costs a third of one epoch, where a frozen copy costs a third of every epoch and its memory.
+
+Nothing of [T, V] exists: log-probabilities come from one pass through the head without gradients.
+They give each pair's sigmoid(-margin), and with it the weight of every target in the gradient:
+
+    d loss / d NLL(t) = +beta * sigmoid(-margin) (+ next_token / ids of w)    for t of w
+                        -beta * sigmoid(-margin)                               for t of l
+
+so the second pass is the same chunked cross-entropy as everywhere, with these weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from unimodal.model.data import KINDS, Batch, DataSettings
+from unimodal.model.decoder import Decoder
+from unimodal.model.loss import LossByKind, weighted_cross_entropy
+from unimodal.model.packing import best_fit
+from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.settings import Settings
+from unimodal.tokenize.vocabulary import Vocabulary
+
+FILE = "triplets.parquet"
+COLUMNS = ("prompt", "prompt_ids", "chosen_ids", "rejected_ids", "vocabulary", "checkpoint")
+"""What training reads of a triplet; `unimodal.model.prefer` documents them all."""
+MEANS = ("dpo", "misranked")
+"""Reported beside the losses of KINDS: the first term, and the share of pairs of margin < 0."""
+
+
+class DPOSettings(Settings):
+    """The preference objective. None of it is published for Emu3."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How much a difference in log-probability counts: lower lets the decoder move further."""
+    next_token: float = Field(default=1.0, ge=0)
+    """Weight of the mean next-token loss on the chosen ids."""
+    over: Literal["vision", "answer"] = "vision"
+    """Ids whose log-probabilities are summed: vision codes, or all ids behind the prompt."""
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """A pack of pairs. Documents come in twos: chosen, rejected; `weights` is 1 where an id of a
+    chosen document counts, 0 elsewhere."""
+
+    counted: Tensor
+    """float32 [T]: 1 where an id of either document counts."""
+    reference: Tensor
+    """float64 [P, 2]: log-probability of chosen and rejected under the reference."""
+    pairs: list[int]
+    """Number of each pair in the triplets."""
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """The same batch with its tensors on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in ("counted", "reference")}
+        return replace(super().to(device), **moved)  # type: ignore[return-value]
+
+    @property
+    def total(self) -> float:
+        """What the sum of losses is divided by: pairs."""
+        return float(len(self.pairs))
+
+
+def log_probabilities(losses: Tensor, batch: PairBatch) -> Tensor:
+    """Summed over the ids that count: losses float32 [T] -> float64 [P, 2], chosen and rejected."""
+    lengths = torch.tensor(batch.lengths, device=losses.device)
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=losses.device), lengths)
+    sums = torch.zeros(len(lengths), dtype=torch.float64, device=losses.device)
+    # Float64: a margin is a small difference of sums over thousands of ids.
+    return -sums.index_add(0, owner, (losses * batch.counted).double()).view(-1, 2)
+
+
+def pair_loss(
+    decoder: Decoder, batch: PairBatch, tally: LossByKind, settings: DPOSettings
+) -> Tensor:
+    """Sum over the batch's pairs of the loss above; float32 scalar that backpropagates.
+
+    Adds to `tally`, which has KINDS + MEANS as names.
+    """
+    hidden = decoder.hidden(batch.ids, batch.positions, decoder.packed(batch.lengths))
+    head = decoder.lm_head.weight
+    with torch.no_grad():
+        _, losses = weighted_cross_entropy(hidden, head, batch.targets, batch.counted)
+        ratios = log_probabilities(losses, batch) - batch.reference  # [P, 2]
+        margins = settings.beta * (ratios[:, 0] - ratios[:, 1])
+        preference = -F.logsigmoid(margins)
+        pull = settings.beta * torch.sigmoid(-margins)
+        lengths = torch.tensor(batch.lengths, device=losses.device)
+        signs = torch.stack([pull, -pull], 1).flatten().repeat_interleave(lengths).float()
+        ids_of = torch.stack([part.sum() for part in batch.weights.split(batch.lengths)])
+        mean = (batch.weights / ids_of.repeat_interleave(lengths).clamp(min=1)).float()
+        value = preference.sum() + settings.next_token * (losses * mean).sum()
+    surrogate, _ = weighted_cross_entropy(
+        hidden, head, batch.targets, signs * batch.counted + settings.next_token * mean
+    )
+    tally.add(losses, batch.kinds, batch.weights)
+    for name, values in zip(MEANS, (preference, (margins < 0).double()), strict=True):
+        kinds = torch.full((len(values),), tally.names.index(name))
+        tally.add(values, kinds, torch.ones_like(values))
+    return value.float() + (surrogate - surrogate.detach())
+
+
+@dataclass(frozen=True)
+class Position:
+    """Of the next pack. All that a resumed run needs to know of the pairs."""
+
+    epoch: int = 0
+    pack: int = 0
+
+
+class Triplets:
+    """Pairs of sampled token ids behind one prompt, from files that `unimodal prefer` wrote."""
+
+    def __init__(self, paths: Sequence[Path], vocabulary: Vocabulary) -> None:
+        """Read Parquet files, or directories with one; raises `UnimodalError` for a file that is
+        none, another vocabulary, or ids outside it."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.vocabulary = vocabulary
+        self.files = [path / FILE if path.is_dir() else path for path in paths]
+        tables = []
+        for file in self.files:
+            try:
+                tables.append(pq.read_table(file, columns=list(COLUMNS)))
+            except (OSError, pa.ArrowException) as error:
+                reason = str(error).splitlines()[0]
+                raise UnimodalError(
+                    f"{file} holds no triplets ({reason}): make them with unimodal prefer"
+                ) from error
+        self.table = pa.concat_tables(tables)
+        others = set(self.table.column("vocabulary").unique().to_pylist()) - {vocabulary.digest()}
+        if others:
+            raise UnimodalError(
+                "the triplets' ids are of another vocabulary than the checkpoint's: sample them "
+                "from a checkpoint of the same family"
+            )
+        self._ids = {name: _lists(self.table.column(name)) for name in COLUMNS[1:4]}
+        for name, (_, ids) in self._ids.items():
+            if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary.size:
+                raise UnimodalError(f"the triplets' {name} are outside the vocabulary: make again")
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def prompts(self) -> list[str]:
+        """Their texts, each once, in order."""
+        return list(dict.fromkeys(self.table.column("prompt").to_pylist()))
+
+    @property
+    def checkpoints(self) -> set[str]:
+        """Digests of the checkpoints that were sampled from."""
+        return set(self.table.column("checkpoint").unique().to_pylist())
+
+    def digest(self) -> str:
+        """Of all ids, 16 hex digits: tells whether a run is resumed with the same pairs."""
+        import hashlib
+
+        found = hashlib.sha256()
+        for starts, ids in self._ids.values():
+            found.update(starts.tobytes() + ids.tobytes())
+        return found.hexdigest()[:16]
+
+    def ids(self, pair: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64: prompt, chosen, rejected."""
+        found = [ids[starts[pair] : starts[pair + 1]] for starts, ids in self._ids.values()]
+        prompt, chosen, rejected = (one.astype(np.int64) for one in found)
+        return prompt, chosen, rejected
+
+    def lengths(self) -> np.ndarray:
+        """Tokens that each pair takes in a pack, int64 [pairs]."""
+        prompt, chosen, rejected = (np.diff(starts) for starts, _ in self._ids.values())
+        return 2 * (prompt - 1) + chosen + rejected
+
+
+def _lists(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Starts int64 [rows + 1] and all values of a column of lists."""
+    import pyarrow as pa
+
+    try:
+        one = pa.concat_arrays([chunk.cast(pa.large_list(pa.int32())) for chunk in column.chunks])
+        starts = one.offsets.to_numpy().astype(np.int64)
+        return starts - starts[0], one.flatten().to_numpy(zero_copy_only=False)
+    except (pa.ArrowException, ValueError) as error:
+        raise UnimodalError(f"triplets' ids are no lists of whole numbers ({error})") from error
+
+
+class Pairs:
+    """The endless stream of packs of pairs from a position on; stands where `data.Loader` does.
+
+    The order is a pure function of (seed, epoch). Both documents of a pair are in one pack, each
+    with attention of its own.
+    """
+
+    def __init__(
+        self,
+        triplets: Triplets,
+        settings: DPOSettings,
+        data: DataSettings,
+        seed: int,
+        cursor: Position | None = None,
+    ) -> None:
+        """Raises `UnimodalError` if no pair fits in `data.context`."""
+        self.triplets = triplets
+        self.settings = settings
+        self.context = data.context
+        self.seed = seed
+        self.cursor = cursor or Position()
+        self.reference = torch.zeros(len(triplets), 2, dtype=torch.float64)
+        """Log-probabilities under the reference; `measure` fills it."""
+        lengths = triplets.lengths()
+        self.fitting = np.flatnonzero(lengths <= self.context)
+        self.skipped = len(lengths) - len(self.fitting)
+        """Pairs longer than the context, which are left out whole."""
+        self.lengths = lengths[self.fitting]
+        if not len(self.fitting):
+            raise UnimodalError(
+                f"no pair of the triplets fits in data.context = {self.context} tokens (the "
+                f"shortest of {len(lengths)} takes {min(lengths, default=0)}): raise it"
+            )
+        self._planned: tuple[int, list[list[int]]] = (-1, [])
+
+    def packs(self, epoch: int) -> list[list[int]]:
+        """Pairs of each pack of an epoch, in training order."""
+        if self._planned[0] != epoch:
+            shuffle = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            order = shuffle.permutation(len(self.fitting))
+            packs = best_fit(self.lengths[order], self.context)
+            chosen = [packs[i] for i in shuffle.permutation(len(packs)).tolist()]
+            self._planned = epoch, [self.fitting[order[pack]].tolist() for pack in chosen]
+        return self._planned[1]
+
+    def step(self, packs: int, rank: int = 0, world: int = 1) -> list[Batch]:
+        """This rank's packs of the next step, which has `packs` over all ranks."""
+        mine: list[Batch] = []
+        for number in range(packs):
+            if self.cursor.pack >= len(self.packs(self.cursor.epoch)):
+                self.cursor = Position(self.cursor.epoch + 1)
+            if number % world == rank:
+                mine.append(self.batch(self.packs(self.cursor.epoch)[self.cursor.pack]))
+            self.cursor = replace(self.cursor, pack=self.cursor.pack + 1)
+        return mine
+
+    def batch(self, pairs: Sequence[int]) -> PairBatch:
+        """The documents of these pairs, chosen before rejected."""
+        vocabulary = self.triplets.vocabulary
+        ids, targets, weights, counted = [], [], [], []
+        for pair in pairs:
+            prompt, *answers = self.triplets.ids(pair)
+            for chosen, answer in zip((True, False), answers, strict=True):
+                whole = np.concatenate([prompt, answer])
+                on = np.arange(1, len(whole)) >= len(prompt)
+                if self.settings.over == "vision":
+                    on &= vocabulary.is_vision(whole[1:])
+                ids.append(whole[:-1])
+                targets.append(whole[1:])
+                counted.append(on)
+                weights.append(on & chosen)
+        lengths = [len(one) for one in ids]
+        target = np.concatenate(targets)
+        names = [KINDS.index(name) for name in ("generation/vision", "structure")]
+        return PairBatch(
+            ids=torch.from_numpy(np.concatenate(ids)),
+            targets=torch.from_numpy(target),
+            weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
+            kinds=torch.from_numpy(np.where(vocabulary.is_vision(target), *names)),
+            positions=torch.cat([torch.arange(length) for length in lengths]),
+            lengths=lengths,
+            keys=[f"pair {pair}" for pair in pairs],
+            counted=torch.from_numpy(np.concatenate(counted).astype(np.float32)),
+            reference=self.reference[list(pairs)],
+            pairs=list(pairs),
+        )
+
+    @torch.no_grad()
+    def measure(self, decoder: Decoder) -> None:
+        """Fill `reference` with log-probabilities under `decoder`, as it is now."""
+        was = decoder.training
+        decoder.eval()
+        for pairs in self.packs(0):
+            batch = self.batch(pairs).to(decoder.lm_head.weight.device)
+            hidden = decoder.hidden(batch.ids, batch.positions, decoder.packed(batch.lengths))
+            _, losses = weighted_cross_entropy(
+                hidden, decoder.lm_head.weight, batch.targets, batch.counted
+            )
+            self.reference[pairs] = log_probabilities(losses, batch).cpu()
+        decoder.train(was)

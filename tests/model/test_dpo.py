@@ -1,0 +1,321 @@
+"""Preferences: the loss is the formula's, pairs travel together, and training follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from unimodal.model.data import KINDS, DataSettings
+from unimodal.model.decoder import Decoder, DecoderConfig, Shape
+from unimodal.model.dpo import (
+    MEANS,
+    DPOSettings,
+    PairBatch,
+    Pairs,
+    Position,
+    Triplets,
+    pair_loss,
+)
+from unimodal.model.loss import LossByKind
+from unimodal.pipeline.errors import UnimodalError
+from unimodal.tokenize.document import Image, serialize
+from unimodal.tokenize.vocabulary import Vocabulary
+
+PROMPTS = ["a kite", "red", "a longer prompt than these", "b", "cat"]
+
+
+def _document(vocabulary: Vocabulary, codes: np.ndarray) -> list[int]:
+    return serialize([Image(codes)], vocabulary, bos=False).tolist()
+
+
+@pytest.fixture(scope="session")
+def write_triplets(vocabulary: Vocabulary) -> Callable[..., Path]:
+    """Write random triplets of these grids (one a prompt, by default unequal ones)."""
+
+    def write(
+        file: Path,
+        grids: Sequence[tuple[int, int]] = ((3, 4), (2, 2), (4, 5), (1, 3), (3, 3)),
+        digest: str | None = None,
+        shift: int = 0,
+    ) -> Path:
+        rng = np.random.default_rng(0)
+        rows = []
+        for number, grid in enumerate(grids):
+            prompt = PROMPTS[number % len(PROMPTS)]
+            chosen, rejected = (rng.integers(0, vocabulary.codebook_size, grid) for _ in range(2))
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "prompt_ids": [vocabulary.bos, *vocabulary.text.encode(prompt)],
+                    "chosen_ids": _document(vocabulary, chosen),
+                    "rejected_ids": [i + shift for i in _document(vocabulary, rejected)],
+                    "vocabulary": digest or vocabulary.digest(),
+                    "checkpoint": "0" * 16,
+                }
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), file)
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def decoders(vocabulary: Vocabulary) -> tuple[Decoder, Decoder]:
+    """A decoder in training, and the reference that it began as."""
+    shape = Shape(width=32, layers=2, heads=4, kv_heads=2, ffn=48, init_std=0.2)
+    config = DecoderConfig(shape, vocabulary.size, 128)
+    return Decoder(config, 1), Decoder(config, 2)
+
+
+def _pairs(triplets: Triplets, over: str = "vision", context: int = 400, **values: float) -> Pairs:
+    settings = DPOSettings.model_validate({"over": over, **values})
+    return Pairs(triplets, settings, DataSettings(context=context), seed=3)
+
+
+def _tally() -> LossByKind:
+    return LossByKind((*KINDS, *MEANS))
+
+
+def _gradients(decoder: Decoder, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    decoder.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
+
+
+def _formula(
+    decoder: Decoder, reference: Decoder, triplets: Triplets, settings: DPOSettings
+) -> torch.Tensor:
+    """Rafailov et al. 2023, eq. 7, and the chosen samples' loss, one document at a time and with
+    all logits."""
+
+    def log_p(model: Decoder, prompt: np.ndarray, answer: np.ndarray) -> tuple[torch.Tensor, int]:
+        ids = torch.from_numpy(np.concatenate([prompt, answer]))
+        rows = model(ids[None])[0].log_softmax(-1)
+        taken = [
+            rows[i - 1, ids[i]]
+            for i in range(len(prompt), len(ids))
+            if settings.over == "answer" or triplets.vocabulary.is_vision(ids[i : i + 1].numpy())[0]
+        ]
+        return torch.stack(taken).sum(), len(taken)
+
+    losses = []
+    for pair in range(len(triplets)):
+        prompt, chosen, rejected = triplets.ids(pair)
+        w, count = log_p(decoder, prompt, chosen)
+        lost, _ = log_p(decoder, prompt, rejected)
+        with torch.no_grad():
+            ref_w, ref_l = (log_p(reference, prompt, one)[0] for one in (chosen, rejected))
+        dpo = -torch.log(
+            torch.sigmoid(settings.beta * (w - ref_w) - settings.beta * (lost - ref_l))
+        )
+        losses.append(dpo - settings.next_token * w / count)
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("over", ["vision", "answer"])
+@pytest.mark.parametrize("next_token", [0.0, 1.0])
+def test_loss_and_gradients_are_those_of_the_formula(
+    tmp_path: Path,
+    vocabulary: Vocabulary,
+    decoders: tuple[Decoder, Decoder],
+    write_triplets: Callable[..., Path],
+    over: str,
+    next_token: float,
+) -> None:
+    decoder, reference = decoders
+    triplets = Triplets([write_triplets(tmp_path / "t.parquet")], vocabulary)
+    pairs = _pairs(triplets, over, beta=0.3, next_token=next_token)
+    pairs.measure(reference)
+    (batch,) = pairs.step(1)
+    assert isinstance(batch, PairBatch)
+    loss = pair_loss(decoder, batch, _tally(), pairs.settings) / batch.total
+    expected = _formula(decoder, reference, triplets, pairs.settings)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours, plain = _gradients(decoder, loss), _gradients(decoder, expected)
+    assert ours.keys() == plain.keys()
+    for name, gradient in plain.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_loss_and_gradients_are_those_of_trl(
+    tmp_path: Path,
+    vocabulary: Vocabulary,
+    decoders: tuple[Decoder, Decoder],
+    write_triplets: Callable[..., Path],
+) -> None:
+    """TRL takes the next-token mean over all chosen ids of a batch, hence one grid for all."""
+    pytest.importorskip("trl", reason="trl is no dependency; docs/preferences.md has the result")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    from unimodal.model.naming import config_record
+
+    decoder, reference = decoders
+    theirs, frozen = (
+        LlamaForCausalLM.from_pretrained(_exported(one, tmp_path / str(i), config_record))
+        for i, one in enumerate((decoder, reference))
+    )
+    triplets = Triplets([write_triplets(tmp_path / "t.parquet", [(3, 4)] * 5)], vocabulary)
+    pairs = _pairs(triplets)
+    pairs.measure(reference)
+    (batch,) = pairs.step(1)
+    assert isinstance(batch, PairBatch)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<e>": 0, "a": 1}, "<e>")),
+        pad_token="<e>",
+        eos_token="<e>",
+    )
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        beta=pairs.settings.beta,
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, pairs.settings.next_token],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+    )
+    words = Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "a"}])
+    trainer = DPOTrainer(theirs, frozen, arguments, train_dataset=words, processing_class=tokenizer)
+    # A row for each document: chosen ones first, padded on the right.
+    order = [*range(0, len(batch.lengths), 2), *range(1, len(batch.lengths), 2)]
+    rows = [triplets.ids(pair) for pair in batch.pairs]
+    whole = [
+        torch.from_numpy(np.concatenate([rows[i // 2][0], rows[i // 2][1 + i % 2]])) for i in order
+    ]
+    counted = batch.counted.split(batch.lengths)
+    masks = [torch.cat([torch.zeros(1), counted[i]]).long() for i in order]
+    pad = torch.nn.utils.rnn.pad_sequence
+    inputs = {
+        "input_ids": pad(whole, batch_first=True),
+        "attention_mask": pad([torch.ones_like(one) for one in whole], batch_first=True),
+        "completion_mask": pad(masks, batch_first=True),
+    }
+    expected = trainer.compute_loss(trainer.model, inputs)
+    theirs.zero_grad()
+    expected.backward()
+    loss = pair_loss(decoder, batch, _tally(), pairs.settings) / batch.total
+    print(f"TRL {expected.item():.7f}, ours {loss.item():.7f}")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    worst = 0.0
+    ours = _gradients(decoder, loss)
+    for name, parameter in theirs.named_parameters():
+        assert parameter.grad is not None
+        difference = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
+        worst = max(worst, float(difference))
+    print(f"largest relative difference of a gradient {worst:.1e}")
+    assert worst <= 1e-5
+
+
+def _exported(decoder: Decoder, folder: Path, config_record: Callable[..., Any]) -> Path:
+    import json
+
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_record(decoder.config)))
+    save_file(dict(decoder.state_dict()), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_before_the_first_step_no_pair_is_preferred(
+    tmp_path: Path,
+    vocabulary: Vocabulary,
+    decoders: tuple[Decoder, Decoder],
+    write_triplets: Callable[..., Path],
+) -> None:
+    decoder, _ = decoders
+    pairs = _pairs(Triplets([write_triplets(tmp_path / "t.parquet")], vocabulary), next_token=0.0)
+    pairs.measure(decoder)
+    assert (pairs.reference < 0).all()
+    tally = _tally()
+    batch = pairs.batch([0, 1, 2])
+    loss = pair_loss(decoder, batch, tally, pairs.settings)
+    assert loss.item() / 3 == pytest.approx(np.log(2), abs=1e-5)
+    assert tally.means()["dpo"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_a_pair_counts_the_same_in_any_pack(
+    tmp_path: Path,
+    vocabulary: Vocabulary,
+    decoders: tuple[Decoder, Decoder],
+    write_triplets: Callable[..., Path],
+) -> None:
+    decoder, reference = decoders
+    pairs = _pairs(Triplets([write_triplets(tmp_path / "t.parquet")], vocabulary))
+    pairs.measure(reference)
+    together = pair_loss(decoder, pairs.batch([0, 1, 2, 3, 4]), _tally(), pairs.settings)
+    apart = [pair_loss(decoder, pairs.batch([i]), _tally(), pairs.settings) for i in range(5)]
+    assert together.item() == pytest.approx(sum(one.item() for one in apart), rel=1e-5)
+
+
+def test_an_epoch_has_every_pair_once_and_its_order_is_a_function_of_the_seed(
+    tmp_path: Path, vocabulary: Vocabulary, write_triplets: Callable[..., Path]
+) -> None:
+    grids = [(2 + i % 3, 3) for i in range(23)]
+    triplets = Triplets([write_triplets(tmp_path / "t.parquet", grids)], vocabulary)
+    pairs = _pairs(triplets, context=150)
+    first, second = pairs.packs(0), pairs.packs(1)
+    assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(23))
+    assert first != second
+    assert _pairs(triplets, context=150).packs(1) == second
+    for pack in first:
+        batch = pairs.batch(pack)
+        assert len(batch.ids) == sum(batch.lengths) <= 150
+        assert len(batch.lengths) == 2 * len(pack)
+
+
+def test_ranks_share_a_step_and_a_position_is_all_that_is_kept(
+    tmp_path: Path, vocabulary: Vocabulary, write_triplets: Callable[..., Path]
+) -> None:
+    grids = [(2 + i % 3, 3) for i in range(23)]
+    triplets = Triplets([write_triplets(tmp_path / "t.parquet", grids)], vocabulary)
+    alone = _pairs(triplets, context=150)
+    ranks = [_pairs(triplets, context=150) for _ in range(2)]
+    for _ in range(len(alone.packs(0))):  # into the second epoch
+        whole = [batch.keys for batch in alone.step(2)]
+        parts = [[batch.keys for batch in one.step(2, rank, 2)] for rank, one in enumerate(ranks)]
+        assert sorted(whole) == sorted(parts[0] + parts[1])
+        assert ranks[0].cursor == ranks[1].cursor == alone.cursor
+    again = Pairs(triplets, alone.settings, DataSettings(context=150), 3, alone.cursor)
+    assert alone.cursor.epoch == 1
+    assert [b.keys for b in again.step(3)] == [b.keys for b in alone.step(3)]
+    assert alone.cursor != Position()
+
+
+def test_pairs_too_long_are_left_out_whole_and_counted(
+    tmp_path: Path, vocabulary: Vocabulary, write_triplets: Callable[..., Path]
+) -> None:
+    triplets = Triplets([write_triplets(tmp_path / "t.parquet", [(2, 2), (9, 9)])], vocabulary)
+    pairs = _pairs(triplets, context=64)
+    assert pairs.skipped == 1 and pairs.packs(0) == [[0]]
+    with pytest.raises(UnimodalError, match=r"no pair .* fits in data.context = 16 .* takes 40"):
+        _pairs(triplets, context=16)
+
+
+def test_what_are_no_triplets_is_said_in_one_line(
+    tmp_path: Path, vocabulary: Vocabulary, write_triplets: Callable[..., Path]
+) -> None:
+    with pytest.raises(UnimodalError, match=r"nowhere.*holds no triplets.*unimodal prefer"):
+        Triplets([tmp_path / "nowhere"], vocabulary)
+    (tmp_path / "text").write_text("no parquet")
+    with pytest.raises(UnimodalError, match="text holds no triplets"):
+        Triplets([tmp_path / "text"], vocabulary)
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "other.parquet")
+    with pytest.raises(UnimodalError, match=r"other\.parquet holds no triplets .*prompt_ids"):
+        Triplets([tmp_path / "other.parquet"], vocabulary)
+    with pytest.raises(UnimodalError, match="of another vocabulary"):
+        Triplets([write_triplets(tmp_path / "v.parquet", digest="f" * 64)], vocabulary)
+    with pytest.raises(UnimodalError, match="rejected_ids are outside the vocabulary"):
+        Triplets([write_triplets(tmp_path / "s.parquet", shift=300)], vocabulary)

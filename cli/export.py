@@ -9,12 +9,12 @@ import typer
 
 from unimodal.cli import options
 
-app = typer.Typer(help="Write clips or a tokenizer as files.", no_args_is_help=True)
+app = typer.Typer(help="Write clips, a model or a tokenizer as files.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Write clips or a tokenizer as files."""
+    """Write clips, a model or a tokenizer as files."""
 
 
 @app.command("clips")
@@ -81,4 +81,35 @@ def tokenizer(
     loaded.save(out, naming)
     record = {"naming": naming, "codes": loaded.codebook_size, "digest": loaded.digest}
     console.table(f"tokenizer in {out}", list(record.items()), quiet)
+    console.result(out, record, json)
+
+
+@app.command("model")
+def model(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="Checkpoint, a step of it, or a model directory.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Empty or new folder.")],
+    naming: Annotated[
+        str,
+        typer.Option(
+            help="emu3: as released; transformers-emu3: for Emu3ForConditionalGeneration, the "
+            "vision tokenizer inside; llama: for LlamaForCausalLM."
+        ),
+    ] = "llama",
+    dtype: Annotated[str, typer.Option(help="Of the decoder: float32, bfloat16.")] = "float32",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write a trained decoder for other programs, under any of the public namings.
+
+    The folder is itself a checkpoint: `unimodal sample` and `train --init` take it.
+    """
+    from unimodal.cli import console
+    from unimodal.model.export import export_model
+
+    record = export_model(Path(console.from_stdin(checkpoint)), out, naming, dtype)
+    rows = [(key, value) for key, value in record.items() if key != "files"]
+    console.table(f"model in {out}", rows, quiet)
     console.result(out, record, json)

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -35,16 +35,22 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from unimodal.model.checkpoint import find
 from unimodal.model.data import KINDS, Batch, DataSettings
 from unimodal.model.decoder import Decoder
 from unimodal.model.loss import LossByKind, weighted_cross_entropy
+from unimodal.model.naming import read_json
 from unimodal.model.packing import best_fit
-from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.files import atomic
 from unimodal.pipeline.settings import Settings
 from unimodal.tokenize.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from unimodal.model.parallel import Mesh
+
 FILE = "triplets.parquet"
-COLUMNS = ("prompt", "prompt_ids", "chosen_ids", "rejected_ids", "vocabulary", "checkpoint")
+COLUMNS = ("prompt", "prompt_ids", "chosen_ids", "rejected_ids", "vocabulary")
 """What training reads of a triplet; `unimodal.model.prefer` documents them all."""
 MEANS = ("dpo", "misranked")
 """Reported beside the losses of KINDS: the first term, and the share of pairs of margin < 0."""
@@ -63,34 +69,33 @@ class DPOSettings(Settings):
 
 @dataclass(frozen=True)
 class PairBatch(Batch):
-    """A pack of pairs. Documents come in twos: chosen, rejected; `weights` is 1 where an id of a
-    chosen document counts, 0 elsewhere."""
+    """A pack of pairs. Documents come in twos: chosen, rejected.
+
+    `weights` share out 1 over the ids of each chosen document that count, so that their sum is
+    the number of pairs: what the sum of losses is divided by.
+    """
 
     counted: Tensor
     """float32 [T]: 1 where an id of either document counts."""
-    reference: Tensor
+    document: Tensor
+    """int64 [T]: number of each token's document."""
+    reference: np.ndarray
     """float64 [P, 2]: log-probability of chosen and rejected under the reference."""
-    pairs: list[int]
-    """Number of each pair in the triplets."""
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch with its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in ("counted", "reference")}
+        moved = {name: getattr(self, name).to(device) for name in ("counted", "document")}
         return replace(super().to(device), **moved)  # type: ignore[return-value]
 
-    @property
-    def total(self) -> float:
-        """What the sum of losses is divided by: pairs."""
-        return float(len(self.pairs))
 
-
-def log_probabilities(losses: Tensor, batch: PairBatch) -> Tensor:
-    """Summed over the ids that count: losses float32 [T] -> float64 [P, 2], chosen and rejected."""
-    lengths = torch.tensor(batch.lengths, device=losses.device)
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=losses.device), lengths)
-    sums = torch.zeros(len(lengths), dtype=torch.float64, device=losses.device)
+def log_probabilities(decoder: Decoder, losses: Tensor, batch: PairBatch) -> Tensor:
+    """Of chosen and rejected, float64 [P, 2], from each token's loss float32 [T]."""
     # Float64: a margin is a small difference of sums over thousands of ids.
-    return -sums.index_add(0, owner, (losses * batch.counted).double()).view(-1, 2)
+    sums = torch.zeros(batch.reference.size, dtype=torch.float64, device=losses.device)
+    sums.index_add_(0, batch.document, (losses * batch.counted).double())
+    if decoder.share is not None:  # the other tokens of the pack are with other processes
+        sums = decoder.share.gather(sums[None]).sum(0)
+    return -sums.view(-1, 2)
 
 
 def pair_loss(
@@ -104,23 +109,22 @@ def pair_loss(
     head = decoder.lm_head.weight
     with torch.no_grad():
         _, losses = weighted_cross_entropy(hidden, head, batch.targets, batch.counted)
-        ratios = log_probabilities(losses, batch) - batch.reference  # [P, 2]
-        margins = settings.beta * (ratios[:, 0] - ratios[:, 1])
+        reference = torch.from_numpy(batch.reference).to(losses.device)
+        ratios = log_probabilities(decoder, losses, batch) - reference
+        margins = settings.beta * (ratios[:, 0] - ratios[:, 1])  # [P]
         preference = -F.logsigmoid(margins)
-        pull = settings.beta * torch.sigmoid(-margins)
-        lengths = torch.tensor(batch.lengths, device=losses.device)
-        signs = torch.stack([pull, -pull], 1).flatten().repeat_interleave(lengths).float()
-        ids_of = torch.stack([part.sum() for part in batch.weights.split(batch.lengths)])
-        mean = (batch.weights / ids_of.repeat_interleave(lengths).clamp(min=1)).float()
-        value = preference.sum() + settings.next_token * (losses * mean).sum()
-    surrogate, _ = weighted_cross_entropy(
-        hidden, head, batch.targets, signs * batch.counted + settings.next_token * mean
-    )
-    tally.add(losses, batch.kinds, batch.weights)
-    for name, values in zip(MEANS, (preference, (margins < 0).double()), strict=True):
-        kinds = torch.full((len(values),), tally.names.index(name))
-        tally.add(values, kinds, torch.ones_like(values))
-    return value.float() + (surrogate - surrogate.detach())
+        pull = settings.beta * torch.sigmoid(-margins).float()
+        signed = torch.stack([pull, -pull], 1).flatten()[batch.document] * batch.counted
+        value = settings.next_token * (losses * batch.weights).sum()
+        tally.add(losses, batch.kinds, batch.weights)
+        if decoder.share is None or decoder.share.rank == 0:  # pairs are known to all who share
+            value = value + preference.sum().float()
+            for name, values in zip(MEANS, (preference, (margins < 0).double()), strict=True):
+                kinds = torch.full((len(values),), tally.names.index(name))
+                tally.add(values, kinds, torch.ones_like(values))
+    weights = signed + settings.next_token * batch.weights
+    surrogate, _ = weighted_cross_entropy(hidden, head, batch.targets, weights)
+    return value + (surrogate - surrogate.detach())
 
 
 @dataclass(frozen=True)
@@ -134,16 +138,36 @@ class Position:
 class Triplets:
     """Pairs of sampled token ids behind one prompt, from files that `unimodal prefer` wrote."""
 
+    @classmethod
+    def behind(cls, init: Path | None, paths: Sequence[Path]) -> Triplets:
+        """Triplets for the checkpoint that training starts from, whose vocabulary they are of."""
+        if init is None:
+            raise UsageError("the objective dpo starts from a trained checkpoint: give --init DIR")
+        top, _ = find(init)
+        if not (top / "data.json").is_file() or not (top / "vocabulary").is_dir():
+            raise UnimodalError(
+                f"{top} has no vocabulary or no data.json: copy those of the checkpoint that the "
+                "triplets were sampled from into it"
+            )
+        made = cls(paths, Vocabulary.load(top / "vocabulary"))
+        made.path = top
+        made.about = {**read_json(top / "data.json"), "triplets": made.digest()}
+        return made
+
     def __init__(self, paths: Sequence[Path], vocabulary: Vocabulary) -> None:
         """Read Parquet files, or directories with one; raises `UnimodalError` for a file that is
         none, another vocabulary, or ids outside it."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        self.path = Path()
+        """Directory with `vocabulary` and `vision_tokenizer`, as of shards."""
+        self.about: dict[str, Any] = {}
+        """What the checkpoint remembers of its data."""
         self.vocabulary = vocabulary
-        self.files = [path / FILE if path.is_dir() else path for path in paths]
         tables = []
-        for file in self.files:
+        for path in paths:
+            file = path / FILE if path.is_dir() else path
             try:
                 tables.append(pq.read_table(file, columns=list(COLUMNS)))
             except (OSError, pa.ArrowException) as error:
@@ -170,11 +194,6 @@ class Triplets:
     def prompts(self) -> list[str]:
         """Their texts, each once, in order."""
         return list(dict.fromkeys(self.table.column("prompt").to_pylist()))
-
-    @property
-    def checkpoints(self) -> set[str]:
-        """Digests of the checkpoints that were sampled from."""
-        return set(self.table.column("checkpoint").unique().to_pylist())
 
     def digest(self) -> str:
         """Of all ids, 16 hex digits: tells whether a run is resumed with the same pairs."""
@@ -230,7 +249,7 @@ class Pairs:
         self.context = data.context
         self.seed = seed
         self.cursor = cursor or Position()
-        self.reference = torch.zeros(len(triplets), 2, dtype=torch.float64)
+        self.reference = np.zeros((len(triplets), 2))
         """Log-probabilities under the reference; `measure` fills it."""
         lengths = triplets.lengths()
         self.fitting = np.flatnonzero(lengths <= self.context)
@@ -271,41 +290,71 @@ class Pairs:
         ids, targets, weights, counted = [], [], [], []
         for pair in pairs:
             prompt, *answers = self.triplets.ids(pair)
-            for chosen, answer in zip((True, False), answers, strict=True):
+            for chosen, answer in zip((1, 0), answers, strict=True):
                 whole = np.concatenate([prompt, answer])
                 on = np.arange(1, len(whole)) >= len(prompt)
                 if self.settings.over == "vision":
                     on &= vocabulary.is_vision(whole[1:])
+                if not on.any():
+                    raise UnimodalError(f"pair {pair} of the triplets has no ids that count")
                 ids.append(whole[:-1])
                 targets.append(whole[1:])
-                counted.append(on)
-                weights.append(on & chosen)
+                counted.append(on.astype(np.float32))
+                weights.append(counted[-1] * chosen / on.sum())
         lengths = [len(one) for one in ids]
-        target = np.concatenate(targets)
-        names = [KINDS.index(name) for name in ("generation/vision", "structure")]
+        vision = vocabulary.is_vision(target := np.concatenate(targets))
+        kinds = [KINDS.index(name) for name in ("generation/vision", "structure")]
         return PairBatch(
             ids=torch.from_numpy(np.concatenate(ids)),
             targets=torch.from_numpy(target),
             weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
-            kinds=torch.from_numpy(np.where(vocabulary.is_vision(target), *names)),
+            kinds=torch.from_numpy(np.where(vision, *kinds)),
             positions=torch.cat([torch.arange(length) for length in lengths]),
             lengths=lengths,
             keys=[f"pair {pair}" for pair in pairs],
-            counted=torch.from_numpy(np.concatenate(counted).astype(np.float32)),
+            counted=torch.from_numpy(np.concatenate(counted)),
+            document=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
             reference=self.reference[list(pairs)],
-            pairs=list(pairs),
         )
 
+    def __str__(self) -> str:
+        left_out = f" ({self.skipped} longer than data.context skipped)" if self.skipped else ""
+        packs = self.packs(self.cursor.epoch)
+        full = self.lengths.sum() / (len(packs) * self.context)
+        return f"{len(self.fitting)} pairs{left_out}; packs {full:.1%} full"
+
+    def refer(self, decoder: Decoder, file: Path, mesh: Mesh, resumed: bool) -> None:
+        """Measure the reference, which `decoder` still is, and keep it in `file`; a resumed run
+        reads it from there."""
+        if not resumed:
+            self.measure(decoder, mesh)
+            if mesh.is_main:
+                with atomic(file) as temporary, temporary.open("wb") as out:
+                    np.save(out, self.reference)
+            return
+        try:
+            self.reference = np.load(file).reshape(self.reference.shape)
+        except (OSError, ValueError) as error:
+            raise UnimodalError(
+                f"{file} does not hold the reference's log-probabilities ({error}): "
+                "train anew in another directory"
+            ) from error
+
     @torch.no_grad()
-    def measure(self, decoder: Decoder) -> None:
+    def measure(self, decoder: Decoder, mesh: Mesh) -> None:
         """Fill `reference` with log-probabilities under `decoder`, as it is now."""
-        was = decoder.training
         decoder.eval()
-        for pairs in self.packs(0):
-            batch = self.batch(pairs).to(decoder.lm_head.weight.device)
+        packs, table = self.packs(0), torch.zeros(self.reference.shape, dtype=torch.float64)
+        table = table.to(device := decoder.lm_head.weight.device)
+        for first in range(0, len(packs), mesh.data_world):
+            number = first + mesh.data_rank
+            pairs = packs[min(number, len(packs) - 1)]  # all ranks do alike, the last ones idly
+            batch: Any = mesh.split(self.batch(pairs)).to(device)
             hidden = decoder.hidden(batch.ids, batch.positions, decoder.packed(batch.lengths))
             _, losses = weighted_cross_entropy(
                 hidden, decoder.lm_head.weight, batch.targets, batch.counted
             )
-            self.reference[pairs] = log_probabilities(losses, batch).cpu()
-        decoder.train(was)
+            found = log_probabilities(decoder, losses, batch)
+            if number < len(packs) and (decoder.share is None or decoder.share.rank == 0):
+                table[pairs] = found
+        self.reference = mesh.sum(table).cpu().numpy()

@@ -6,10 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from unimodal.model.blocks import Recompute
+from unimodal.model.checkpoint import weights_config
 from unimodal.model.data import DataSettings
 from unimodal.model.decoder import Shape
+from unimodal.model.dpo import DPOSettings
+from unimodal.model.lora import LoraSettings
 from unimodal.pipeline.settings import Settings, build, load_recipe
 from unimodal.tokenize.training import rate
 
@@ -36,6 +40,8 @@ class OptimizerSettings(Settings):
     """Decay of the second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment; Emu3's fine-tuning script uses 1e-6."""
+    fused: bool = True
+    """AdamW in one kernel; else a few over lists of tensors (foreach)."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Of Muon."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -51,6 +57,8 @@ class CheckpointSettings(Settings):
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
+    background: bool = True
+    """Write while training goes on, from a copy of weights and moments in main memory."""
 
 
 class LogSettings(Settings):
@@ -102,18 +110,44 @@ class TrainSettings(Settings):
     accumulate: int = Field(default=1, ge=1)
     """Packs of `data.context` tokens whose gradients make one step."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of matrix products; weights, norms, softmax and loss are float32 either way."""
+    """Of matrix products; norms, softmax and loss are float32 either way."""
+    parameters: Literal["float32", "bfloat16"] = "float32"
+    """Of weights, gradients and moments. bfloat16 takes half the memory, and loses updates of less
+    than a 256th of a weight: with a small learning rate it learns less."""
+    recompute: Recompute = "none"
+    """What backward computes again instead of keeping it: full (all of each block), selective (all
+    but matrix products and attention), none. Changes memory and time alone."""
+    compile: bool = False
+    """Run each block through `torch.compile`."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights, which then is what is validated, sampled from and
+    saved as the model; 0: none."""
+    needs_init: bool = False
+    """Refuse to start without `--init`: the recipe goes on from trained weights."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; auto takes a GPU where there is one."""
+    objective: Literal["next-token", "dpo"] = "next-token"
+    """What is learned: documents of shards, or preferences of triplets that `prefer` made."""
+    dpo: DPOSettings = DPOSettings()
     decoder: Shape = Shape()
+    lora: LoraSettings = LoraSettings()
     data: DataSettings = DataSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
     sampling: SamplingSettings = SamplingSettings()
 
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSettings:
+        if self.lora.rank and self.ema:
+            raise ValueError("ema averages all weights, lora.rank trains adapters: choose one")
+        return self
 
-MAY_CHANGE = ("steps", "minutes", "device", "checkpoint", "log", "sampling")
+
+MAY_CHANGE = (
+    *("steps", "minutes", "device", "recompute", "compile", "needs_init"),
+    *("checkpoint", "log", "sampling"),
+)
 """Settings that a resumed run may have otherwise. Another `steps` changes the schedule."""
 
 
@@ -121,10 +155,13 @@ def settings_from(
     recipe: str | Path | None = None,
     *layers: Mapping[str, Any],
     sets: Iterable[str] = (),
+    init: Path | None = None,
 ) -> TrainSettings:
-    """Defaults, then the recipe, then `layers`, then `key=value` strings."""
+    """Defaults, then the shape of the weights `init`, then the recipe, then `layers`, then
+    `key=value` strings."""
     base = load_recipe(recipe, RECIPES) if recipe is not None else {}
-    return build(TrainSettings, base, *layers, sets=sets)
+    start = {} if init is None else {"decoder": weights_config(init).shape.model_dump()}
+    return build(TrainSettings, start, base, *layers, sets=sets)
 
 
 def learning_rate(step: int, total: int, settings: OptimizerSettings) -> float:

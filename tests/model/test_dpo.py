@@ -25,10 +25,12 @@ from unimodal.model.dpo import (
     pair_loss,
 )
 from unimodal.model.loss import LossByKind
+from unimodal.model.parallel import Mesh, MeshSettings
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.tokenize.document import Image, serialize
 from unimodal.tokenize.vocabulary import Vocabulary
 
+ALONE = Mesh(MeshSettings(), torch.device("cpu"))
 PROMPTS = ["a kite", "red", "a longer prompt than these", "b", "cat"]
 
 
@@ -134,10 +136,10 @@ def test_loss_and_gradients_are_those_of_the_formula(
     decoder, reference = decoders
     triplets = Triplets([write_triplets(tmp_path / "t.parquet")], vocabulary)
     pairs = _pairs(triplets, over, beta=0.3, next_token=next_token)
-    pairs.measure(reference)
+    pairs.measure(reference, ALONE)
     (batch,) = pairs.step(1)
     assert isinstance(batch, PairBatch)
-    loss = pair_loss(decoder, batch, _tally(), pairs.settings) / batch.total
+    loss = pair_loss(decoder, batch, _tally(), pairs.settings) / len(batch.reference)
     expected = _formula(decoder, reference, triplets, pairs.settings)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     ours, plain = _gradients(decoder, loss), _gradients(decoder, expected)
@@ -168,7 +170,7 @@ def test_loss_and_gradients_are_those_of_trl(
     )
     triplets = Triplets([write_triplets(tmp_path / "t.parquet", [(3, 4)] * 5)], vocabulary)
     pairs = _pairs(triplets)
-    pairs.measure(reference)
+    pairs.measure(reference, ALONE)
     (batch,) = pairs.step(1)
     assert isinstance(batch, PairBatch)
     tokenizer = PreTrainedTokenizerFast(
@@ -190,7 +192,7 @@ def test_loss_and_gradients_are_those_of_trl(
     trainer = DPOTrainer(theirs, frozen, arguments, train_dataset=words, processing_class=tokenizer)
     # A row for each document: chosen ones first, padded on the right.
     order = [*range(0, len(batch.lengths), 2), *range(1, len(batch.lengths), 2)]
-    rows = [triplets.ids(pair) for pair in batch.pairs]
+    rows = [triplets.ids(pair) for pair in pairs.packs(0)[0]]
     whole = [
         torch.from_numpy(np.concatenate([rows[i // 2][0], rows[i // 2][1 + i % 2]])) for i in order
     ]
@@ -205,7 +207,7 @@ def test_loss_and_gradients_are_those_of_trl(
     expected = trainer.compute_loss(trainer.model, inputs)
     theirs.zero_grad()
     expected.backward()
-    loss = pair_loss(decoder, batch, _tally(), pairs.settings) / batch.total
+    loss = pair_loss(decoder, batch, _tally(), pairs.settings) / len(batch.reference)
     print(f"TRL {expected.item():.7f}, ours {loss.item():.7f}")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     worst = 0.0
@@ -237,7 +239,7 @@ def test_before_the_first_step_no_pair_is_preferred(
 ) -> None:
     decoder, _ = decoders
     pairs = _pairs(Triplets([write_triplets(tmp_path / "t.parquet")], vocabulary), next_token=0.0)
-    pairs.measure(decoder)
+    pairs.measure(decoder, ALONE)
     assert (pairs.reference < 0).all()
     tally = _tally()
     batch = pairs.batch([0, 1, 2])
@@ -254,7 +256,7 @@ def test_a_pair_counts_the_same_in_any_pack(
 ) -> None:
     decoder, reference = decoders
     pairs = _pairs(Triplets([write_triplets(tmp_path / "t.parquet")], vocabulary))
-    pairs.measure(reference)
+    pairs.measure(reference, ALONE)
     together = pair_loss(decoder, pairs.batch([0, 1, 2, 3, 4]), _tally(), pairs.settings)
     apart = [pair_loss(decoder, pairs.batch([i]), _tally(), pairs.settings) for i in range(5)]
     assert together.item() == pytest.approx(sum(one.item() for one in apart), rel=1e-5)

@@ -22,8 +22,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from unimodal.model.attention import Cache, Cached, Packed
+from unimodal.model.attention import Cache, Cached, Packed, Share, SharedPacked
+from unimodal.model.parallel import fill
 from unimodal.pipeline.settings import Settings
+
+Context = Packed | SharedPacked | Cached
 
 
 class Shape(Settings):
@@ -134,14 +137,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c, shape.norm_eps) if shape.qk_norm else None
 
     def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], context: Packed | Cached, layer: int
+        self, x: Tensor, tables: tuple[Tensor, Tensor], context: Context, layer: int
     ) -> Tensor:
         """x [T, D] -> [T, D]."""
         q = self.q_proj(x).unflatten(-1, (-1, self.channels))  # [T, N, C]
         k = self.k_proj(x).unflatten(-1, (-1, self.channels))  # [T, G, C]
         v = self.v_proj(x).unflatten(-1, (-1, self.channels))  # [T, G, C]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, q.dtype), self.k_norm(k, k.dtype)
+            q, k = self.q_norm(q, dtype=q.dtype), self.k_norm(k, dtype=k.dtype)
         attended = context.attend(layer, rotate(q, *tables), rotate(k, *tables), v)
         return self.o_proj(attended.flatten(-2))
 
@@ -174,13 +177,13 @@ class Block(nn.Module):
         self,
         x: Tensor,
         tables: tuple[Tensor, Tensor],
-        context: Packed | Cached,
+        context: Context,
         layer: int,
         compute: torch.dtype,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x, compute), tables, context, layer)
+        attended = self.self_attn(self.input_layernorm(x, dtype=compute), tables, context, layer)
         x = x + self.dropout(attended)
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x, compute)))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x, dtype=compute)))
 
 
 class Trunk(nn.Module):
@@ -203,6 +206,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.compute = torch.float32
+        self.share: Share | None = None  # this process's part of each sequence, if it is shared
         self.model = Trunk(config)
         self.lm_head = Linear(config.shape.width, config.vocabulary_size)
         if seed is not None:
@@ -218,7 +222,7 @@ class Decoder(nn.Module):
 
         return load_decoder(Path(path), device)
 
-    def hidden(self, ids: Tensor, positions: Tensor, context: Packed | Cached) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor, context: Context) -> Tensor:
         """Final normalised hidden states [T, D] in the compute dtype.
 
         `ids` and `positions` are int64 [T]: documents end to end for `Packed`, rows end to end
@@ -229,7 +233,7 @@ class Decoder(nn.Module):
         x = self.model.dropout(self.model.embed_tokens(ids)).float()
         for index, block in enumerate(self.model.layers):
             x = block(x, tables, context, index, self.compute)
-        return self.model.norm(x, self.compute)
+        return self.model.norm(x, dtype=self.compute)
 
     def forward(
         self, ids: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -251,9 +255,12 @@ class Decoder(nn.Module):
         x = self.hidden(ids.flatten(), positions.flatten(), self.packed(lengths))
         return self.lm_head(x).float().view(*ids.shape, -1)
 
-    def packed(self, lengths: list[int]) -> Packed:
+    def packed(self, lengths: list[int]) -> Packed | SharedPacked:
         """The attention of documents of these lengths, with dropout while training."""
-        return Packed(lengths, self.config.shape.dropout if self.training else 0.0)
+        dropout = self.config.shape.dropout if self.training else 0.0
+        if self.share is not None:
+            return SharedPacked(lengths, self.share, dropout)
+        return Packed(lengths, dropout)
 
     def cache(self, rows: int, length: int) -> Cache:
         """An empty key-value cache for `rows` sequences of at most `length` tokens."""
@@ -276,7 +283,7 @@ def initialise(decoder: Decoder, std: float, seed: int) -> None:
     """Fill every matrix from N(0, std), every norm with ones.
 
     Each tensor's random stream is keyed by its name, so that the same seed gives the same model
-    whatever the order of creation, or however the tensors will one day be split over machines.
+    bit for bit whatever the order of creation, and however the tensors are split over processes.
     """
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
@@ -286,7 +293,7 @@ def initialise(decoder: Decoder, std: float, seed: int) -> None:
             key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
             values = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
-            parameter.copy_(values)
+            fill(parameter, values)
 
 
 def parameter_count(decoder: Decoder) -> dict[str, int]:

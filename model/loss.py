@@ -3,7 +3,7 @@
 Legend: T tokens, D width, V vocabulary.
 
 The loss of a step is a local sum over a global weighted count: sum(weight * nll) / sum(weight),
-where the denominator covers every micro-batch (and, one day, every process) of the step. Emu3
+where the denominator covers every micro-batch and every process of the step. Emu3
 weighs vision targets 0.5 (arXiv 2409.18869, §2.4); how it normalises is unpublished.
 """
 
@@ -28,7 +28,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        chunk: int,
+        split: tuple[Any, int] | None,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         matrix = head.to(hidden.dtype)
@@ -37,18 +43,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            log_p = (hidden[part] @ matrix.T).log_softmax(-1, dtype=torch.float32)  # [chunk, V]
+            logits = hidden[part] @ matrix.T  # [chunk, V], or this process's columns of it
             target = targets[part, None]
-            losses[part] = -log_p.gather(1, target)[:, 0]
+            if split is None:
+                log_p = logits.log_softmax(-1, dtype=torch.float32)
+                one = log_p.new_ones(target.shape)
+            else:
+                log_p, target, one = _split_log_softmax(logits.float(), target, *split)
+            chosen = log_p.gather(1, target) * one
+            losses[part] = -(chosen if split is None else _summed(chosen, split[0]))[:, 0]
             if grad_hidden is None and grad_head is None:
                 continue
             grad = log_p.exp_()
-            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+            grad.scatter_add_(1, target, -one)
             grad = grad.mul_(weights[part, None]).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ matrix
             if grad_head is not None:
                 grad_head += grad.T @ hidden[part]
+        if split is not None and grad_hidden is not None:
+            _summed(grad_hidden, split[0])
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
@@ -63,7 +77,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def _split_log_softmax(
+    logits: Tensor, target: Tensor, group: Any, start: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax over the vocabulary of which this process has the columns from `start` on.
+
+    Returns its columns float32 [chunk, V / processes]; the targets' places among them [chunk, 1],
+    0 for those that are elsewhere; and float32 [chunk, 1] that is 1 where they are here.
+    """
+    import torch.distributed as dist
+
+    top = logits.amax(-1, keepdim=True)
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    logits -= top
+    logits -= _summed(logits.exp().sum(-1, keepdim=True), group).log()
+    local = target - start
+    here = (local >= 0) & (local < logits.shape[1])
+    return logits, local * here, here.float()
+
+
+def _summed(tensor: Tensor, group: Any) -> Tensor:
+    import torch.distributed as dist
+
+    dist.all_reduce(tensor, group=group)
+    return tensor
 
 
 def weighted_cross_entropy(
@@ -74,14 +115,20 @@ def weighted_cross_entropy(
     `hidden` [T, D] in the compute dtype, `head` [V, D], `targets` int64 [T], `weights` float32
     [T] -> (float32 scalar that backpropagates, float32 [T] that does not). Rows of weight 0 are
     left out of the computation and report a loss of 0. At most `chunk` rows of logits exist at
-    once; the result does not depend on `chunk` beyond rounding.
+    once; the result does not depend on `chunk` beyond rounding. A `head` whose rows are split over
+    processes (a DTensor) stays split: only a few numbers per token travel, and the gradient of
+    `hidden`, which all of those processes hold alike.
     """
+    split = None
+    if (mesh := getattr(head, "device_mesh", None)) is not None:
+        group, rows = mesh.get_group(), -(-head.shape[0] // mesh.size())  # as torch splits them
+        split, head = (group, mesh.get_local_rank() * rows), head.to_local()  # type: ignore[attr-defined]
     kept = weights.nonzero()[:, 0]
     if len(kept) == len(weights):
-        total, losses = _ChunkedCrossEntropy.apply(hidden, head, targets, weights, chunk)
+        total, losses = _ChunkedCrossEntropy.apply(hidden, head, targets, weights, chunk, split)
         return total, losses
     total, some = _ChunkedCrossEntropy.apply(
-        hidden[kept], head, targets[kept], weights[kept], chunk
+        hidden[kept], head, targets[kept], weights[kept], chunk, split
     )
     return total, torch.zeros_like(weights).index_copy(0, kept, some)
 

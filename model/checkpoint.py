@@ -4,12 +4,19 @@ CHECKPOINT/
   config.toml         every setting of the run; a recipe for `train` itself
   data.json           which vision tokenizer and vocabulary, which grids were trained on
   vocabulary/  vision_tokenizer/     copies, so that sampling works after a move
+  base/               with LoRA: the frozen weights
   metrics.jsonl  tensorboard/  samples/
   step-00001000/
-    model.safetensors  config.json   loads in transformers as LlamaForCausalLM
+    model.safetensors  config.json   loads in transformers as LlamaForCausalLM; with an average of
+                                     the weights that average, with LoRA the merged weights
+    trained.safetensors              then also what is trained: the weights themselves, the adapters
     optimizer.safetensors            first and second moments, by parameter name
     train.json                       step, position in the data, schedule
   latest              name of the newest complete step, written last
+
+The files are the same whatever the number of processes, so that any can go on with them. Several
+write their own parts through torch.distributed.checkpoint, which are then joined; each reads what
+it needs. By default all this happens while training goes on, from a copy in main memory.
 """
 
 from __future__ import annotations
@@ -18,18 +25,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from unimodal.model.decoder import Decoder
+from unimodal.model.decoder import Decoder, DecoderConfig
+from unimodal.model.lora import is_adapted, merged
 from unimodal.model.naming import WEIGHTS, config_record, read_config, read_json, read_weights
-from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
+from unimodal.pipeline.settings import differences
+from unimodal.tokenize.training import WeightAverage
 
 STEP = re.compile(r"step-\d{8}")
 # What each optimizer remembers of a parameter, apart from the number of steps.
@@ -44,63 +57,202 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_step(
-    out: Path,
-    step: int,
-    decoder: Decoder,
-    optimizers: Sequence[torch.optim.Optimizer],
-    state: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write `out/step-NNNNNNNN`, point `latest` at it, and drop all but the newest `keep`.
+@dataclass
+class Learners:
+    """Everything that a step of training changes."""
 
-    Killed at any moment, the previous checkpoint stays valid: the directory is renamed into place
-    when whole, and `latest` is replaced after that.
+    decoder: Decoder
+    optimizers: Sequence[torch.optim.Optimizer]
+    average: WeightAverage[Decoder]
+    """With decay 0 the decoder itself."""
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint by file and name; parameters are not copied."""
+        decoder = self.decoder
+        files = {"model": merged(self.average.model), "optimizer": self._moments()}
+        if self.average.model is not decoder or is_adapted(decoder):
+            trained = ((n, p) for n, p in decoder.named_parameters() if p.requires_grad)
+            files["trained"] = {f"trained.{name}": p.detach() for name, p in trained}
+        return files
+
+    def _moments(self) -> dict[str, Tensor]:
+        """Moments of all optimizers; zeros are made where no step has been taken yet."""
+        names = {parameter: name for name, parameter in self.decoder.named_parameters()}
+        moments: dict[str, Tensor] = {}
+        for optimizer in self.optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                state = optimizer.state[parameter]
+                for moment in MOMENTS[type(optimizer)]:
+                    if moment not in state:
+                        state[moment] = torch.zeros_like(parameter)
+                    moments[f"{moment}.{names[parameter]}"] = state[moment].detach()
+        return moments
+
+    def _stepped(self, step: int) -> None:
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.AdamW):
+                for parameter, state in optimizer.state.items():
+                    state["step"] = torch.tensor(float(step), device=parameter.device)
+
+
+class Saver:
+    """Writes the steps of `out`, one at a time, by default while training goes on.
+
+    A context: leaving it waits for what is being written. Errors of the writer (`UnimodalError`)
+    surface at the next call, or on leaving. With several processes all call it alike.
     """
-    final = out / step_name(step)
-    temporary = out / f".{final.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {name: tensor.detach().cpu() for name, tensor in decoder.state_dict().items()}
-    save_file(weights, temporary / WEIGHTS, {"format": "pt"})
-    _write_json(temporary / "config.json", config_record(decoder.config))
-    save_file(_moments(decoder, optimizers), temporary / "optimizer.safetensors")
-    _write_json(temporary / "train.json", dict(state))
-    for path in temporary.iterdir():
-        _sync(path)
-    if final.exists():  # of an earlier run that was resumed from before this step
-        shutil.rmtree(final)
-    temporary.rename(final)
-    with atomic(out / "latest") as file:
-        file.write_text(final.name + "\n")
-    steps = sorted(path for path in out.glob("step-*") if STEP.fullmatch(path.name))
-    for old in steps[: -max(1, keep)]:
-        if old != final:
-            shutil.rmtree(old)
-    return final
+
+    def __init__(self, out: Path, keep: int, background: bool = True, world: int = 1) -> None:
+        self.out, self.keep = out, keep
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._writing: Future[None] | None = None
+        self._group: Any = None
+        self._stager: Any = None
+        if world > 1:
+            from torch.distributed import new_group
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+            self._group = new_group(backend="gloo")  # its own: it works beside the training's
+            self._stager = DefaultStager(StagingOptions(False, False, False, False))
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except UnimodalError:
+            if kind is None:  # else the first error is the one to tell
+                raise
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+
+    def save(self, step: int, learners: Learners, record: Mapping[str, Any]) -> None:
+        """Write `out/step-NNNNNNNN`, point `latest` at it, and drop all but the newest `keep`.
+
+        Killed at any moment, the previous checkpoint stays valid: the directory is renamed into
+        place when whole, and `latest` is replaced after that.
+        """
+        self.wait()
+        files = learners.files()
+        dtype = str(learners.decoder.lm_head.weight.dtype).removeprefix("torch.")
+        config = config_record(learners.decoder.config, dtype=dtype)
+        if self._stager is not None:
+            files = {stem: self._stager.stage(named) for stem, named in files.items()}
+        elif self._pool is not None:
+            files = {
+                stem: {name: tensor.to("cpu", copy=True) for name, tensor in named.items()}
+                for stem, named in files.items()
+            }
+        if self._pool is None:
+            self._write(step, files, config, dict(record))
+        else:
+            self._writing = self._pool.submit(self._write, step, files, config, dict(record))
+
+    def check(self) -> None:
+        """Raise the error of a writer that has failed, without waiting for one at work."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all is written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(
+        self,
+        step: int,
+        files: Mapping[str, Mapping[str, Tensor]],
+        config: Mapping[str, Any],
+        record: Mapping[str, Any],
+    ) -> None:
+        final = self.out / step_name(step)
+        temporary = self.out / f".{final.name}.tmp"
+        try:
+            if self._group is None:
+                self._clear(temporary)
+                for stem, named in files.items():
+                    plain = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
+                    save_file(plain, temporary / f"{stem}.safetensors", {"format": "pt"})
+            elif not self._write_together(temporary, files):
+                return
+            _write_json(temporary / "config.json", config)
+            _write_json(temporary / "train.json", record)
+            for path in temporary.iterdir():
+                _sync(path)
+            if final.exists():  # of an earlier run that was resumed from before this step
+                shutil.rmtree(final)
+            temporary.rename(final)
+            with atomic(self.out / "latest") as file:
+                file.write_text(final.name + "\n")
+            steps = sorted(path for path in self.out.glob("step-*") if STEP.fullmatch(path.name))
+            for old in steps[: -self.keep]:
+                if old != final:
+                    shutil.rmtree(old)
+        except (OSError, SafetensorError) as error:
+            raise UnimodalError(
+                f"step {step} could not be saved in {self.out} ({error}): make room there and run "
+                "the same command again"
+            ) from error
+
+    def _clear(self, temporary: Path) -> None:
+        for left in self.out.glob(".step-*.tmp"):  # of a process that was killed
+            shutil.rmtree(left)
+        temporary.mkdir(parents=True)
+
+    def _write_together(self, temporary: Path, files: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Every process writes its parts, the first joins them; True in the first."""
+        import torch.distributed as dist
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+        first = dist.get_rank(self._group) == 0
+        if first:
+            self._clear(temporary)
+        dist.barrier(self._group)
+        for stem, named in files.items():
+            writer = HuggingFaceStorageWriter(
+                str(temporary / stem), save_distributed=True, enable_consolidation=True
+            )
+            save(dict(named), storage_writer=writer, process_group=self._group)
+            if first:
+                (joined,) = (temporary / stem).glob("*.safetensors")
+                joined.rename(temporary / f"{stem}.safetensors")
+                shutil.rmtree(temporary / stem)
+        return first
 
 
-def load_step(
-    step: Path, decoder: Decoder, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, Any]:
-    """Restore weights and moments from a step directory; returns its `train.json`."""
-    read_weights(decoder, step)
-    saved = _read(step / "optimizer.safetensors")
-    state = read_json(step / "train.json")
-    for name, parameter, optimizer in _owned(decoder, optimizers):
-        kept: dict[str, torch.Tensor] = {}
-        for moment in MOMENTS[type(optimizer)]:
-            value = saved.get(f"{moment}.{name}")
-            if value is None or value.shape != parameter.shape:
-                raise UnimodalError(
-                    f"{step / 'optimizer.safetensors'} lacks {moment} of {name}: "
-                    "resume from another step, or start anew in another directory"
-                )
-            kept[moment] = value.to(parameter.device)
-        if isinstance(optimizer, torch.optim.AdamW):
-            kept["step"] = torch.tensor(float(state["step"]), device=parameter.device)
-        optimizer.state[parameter] = kept
-    return state
+def load_step(step: Path, learners: Learners) -> dict[str, Any]:
+    """Restore all that a step directory holds, on any number of processes; returns `train.json`."""
+    record = read_json(step / "train.json")
+    for stem, named in learners.files().items():
+        if stem != "model" or not is_adapted(learners.decoder):  # else: what is merged, is
+            _fill(step / f"{stem}.safetensors", named)
+    learners._stepped(record["step"])
+    return record
+
+
+def _fill(file: Path, wanted: dict[str, Tensor]) -> None:
+    """Copy the tensors of a file into these; raises `UnimodalError` if one is not there."""
+    try:
+        with safe_open(file, "pt") as stored:
+            names = set(stored.keys())
+            for name, tensor in wanted.items():
+                if name not in names or stored.get_slice(name).get_shape() != list(tensor.shape):
+                    raise UnimodalError(
+                        f"{file} lacks {name} of shape {list(tensor.shape)}: "
+                        "resume from another step, or start anew in another directory"
+                    )
+                if not hasattr(tensor, "device_mesh"):
+                    tensor.copy_(stored.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        raise UnimodalError(f"{file} cannot be read ({error}): copy it again") from error
+    split = {name: tensor for name, tensor in wanted.items() if hasattr(tensor, "device_mesh")}
+    if split:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+        load(split, storage_reader=HuggingFaceStorageReader(str(file.parent)))
 
 
 def latest_step(out: Path) -> Path | None:
@@ -132,14 +284,48 @@ def find(path: Path) -> tuple[Path, Path]:
     )
 
 
+def weights_config(path: Path) -> DecoderConfig:
+    """What kind of decoder there is at a path that `load_decoder` reads."""
+    return read_config(find(path)[1] / "config.json")
+
+
 def load_decoder(path: Path, device: str | torch.device = "cpu") -> Decoder:
     """The decoder of a checkpoint, of one step of it, or of a directory of `naming`'s."""
-    _, step = find(path)
     with torch.device("meta"):  # no time for values that are about to be replaced
-        decoder = Decoder(read_config(step / "config.json"), seed=None)
+        decoder = Decoder(weights_config(path), seed=None)
     decoder.to_empty(device=device)
-    read_weights(decoder, step)
+    read_weights(decoder, find(path)[1])
     return decoder.eval()
+
+
+def start_from(decoder: Decoder, path: Path, data: Mapping[str, Any]) -> None:
+    """Fill `decoder` from the weights at `path`, to train it on what `data` (`data.json`) says.
+
+    Raises `UsageError` if they are of another shape, vocabulary or vision tokenizer.
+    """
+    top, step = find(path)
+    theirs, ours = weights_config(path), decoder.config
+    shapes = (
+        {**config.shape.model_dump(), "head_dim": config.shape.channels}
+        for config in (theirs, ours)
+    )
+    other = differences(*shapes, free=("dropout", "init_std"))
+    if other:
+        listed = ", ".join(f"{key} {was}, not {now}" for key, (was, now) in other.items())
+        raise UsageError(f"{path} is of another shape ({listed}); set decoder.… to its values")
+    if theirs.vocabulary_size != ours.vocabulary_size:
+        raise UsageError(
+            f"{path} has {theirs.vocabulary_size} ids, the vocabulary of the shards "
+            f"{ours.vocabulary_size}: tokenize with the vocabulary of the weights"
+        )
+    about = read_json(top / "data.json") if (top / "data.json").is_file() else data
+    for key in ("vocabulary", "vision_tokenizer"):
+        if about.get(key) != data[key]:
+            raise UsageError(
+                f"{path} was trained with another {key.replace('_', ' ')} than that of the "
+                f"shards: tokenize with {top / key}"
+            )
+    read_weights(decoder, step)
 
 
 def keep_inputs(out: Path, shards: Any) -> None:
@@ -153,6 +339,18 @@ def keep_inputs(out: Path, shards: Any) -> None:
         # A hard link where the file system can: the bytes stay when the shards are deleted.
         shutil.copytree(source, temporary, copy_function=_link_or_copy)
         temporary.rename(target)
+
+
+def keep_base(out: Path, decoder: Decoder) -> None:
+    """Keep the weights that adapters are trained beside; once kept, take those."""
+    base = out / "base"
+    if not base.exists():
+        temporary = out / ".base.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file(decoder.state_dict(), temporary / WEIGHTS, {"format": "pt"})
+        temporary.rename(base)
+    read_weights(decoder, base)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -178,36 +376,6 @@ def to_toml(values: Mapping[str, Any], prefix: str = "") -> str:
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _owned(
-    decoder: Decoder, optimizers: Sequence[torch.optim.Optimizer]
-) -> Iterator[tuple[str, torch.nn.Parameter, torch.optim.Optimizer]]:
-    """Every parameter with its name and the optimizer that moves it."""
-    names = {parameter: name for name, parameter in decoder.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield names[parameter], parameter, optimizer
-
-
-def _moments(
-    decoder: Decoder, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, parameter, optimizer in _owned(decoder, optimizers):
-        for moment in MOMENTS[type(optimizer)]:
-            value = optimizer.state[parameter].get(moment)
-            value = torch.zeros_like(parameter) if value is None else value
-            tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous()
-    return tensors
-
-
-def _read(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UnimodalError(f"{file} cannot be read ({error}): copy it again") from error
 
 
 def _sync(path: Path) -> None:

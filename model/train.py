@@ -17,12 +17,16 @@ from typing import Any
 
 import torch
 
+from unimodal.model.blocks import prepare
 from unimodal.model.checkpoint import (
+    Learners,
+    Saver,
+    keep_base,
     keep_inputs,
     latest_step,
     load_step,
     read_json,
-    save_step,
+    start_from,
     to_toml,
 )
 from unimodal.model.data import (
@@ -37,14 +41,16 @@ from unimodal.model.data import (
     validation,
 )
 from unimodal.model.decoder import Decoder, DecoderConfig, parameter_count
+from unimodal.model.lora import adapt
 from unimodal.model.loss import LossByKind, weighted_cross_entropy
+from unimodal.model.optim import optimizers
 from unimodal.model.recipe import MAY_CHANGE, RECIPES, TrainSettings, learning_rate
-from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.settings import build, differences, load_recipe
 from unimodal.tokenize.device import usable
-from unimodal.tokenize.training import Interrupted, Record, not_finite, signals
+from unimodal.tokenize.training import Interrupted, Record, WeightAverage, not_finite, signals
 
 __all__ = ["Interrupted", "TrainSettings", "train"]
 
@@ -74,14 +80,17 @@ def train(
     out: Path,
     settings: TrainSettings,
     *,
+    init: Path | None = None,
     progress: Progress | None = None,
     resume: bool = True,
 ) -> Path:
     """Train on shard directories and return `out`, the checkpoint directory.
 
-    With `resume`, a run that `out` already holds is continued (or found finished); without, such
-    a directory is refused. SIGTERM and Ctrl-C save and raise `Interrupted`. Raises
-    `UnimodalError` for unusable shards, changed settings or data, and a loss that is not finite.
+    `init` is a directory of weights to start from (see `unimodal.model.naming`). With `resume`, a
+    run that `out` already holds is continued (or found finished), whatever `init` is; without,
+    such a directory is refused. SIGTERM and Ctrl-C save and raise `Interrupted`. Raises
+    `UnimodalError` for unusable shards or weights, changed settings or data, and a loss that is
+    not finite.
     """
     progress = progress or Progress()
     opened = open_shards(shards)
@@ -93,22 +102,34 @@ def train(
     samples = Samples(opened, settings.data.styles)
     about = _about(opened, samples)
     if previous is not None:
-        _same_run(out, settings, about)
+        _same_run(out, previous, settings, about)
+    elif settings.needs_init and init is None:
+        raise UsageError(
+            "this recipe goes on from trained weights: give --init DIR (or --set needs_init=false)"
+        )
+    device = torch.device(usable(settings.device))
+    config = DecoderConfig(settings.decoder, samples.vocabulary.size, settings.data.context)
+    decoder = Decoder(config, settings.seed)
+    if init is not None and previous is None:
+        start_from(decoder, init, about)
     keep_inputs(out, opened[0])
     with atomic(out / "data.json") as file:
         file.write_text(json.dumps(about, indent=2) + "\n")
     with atomic(out / "config.toml") as file:
         file.write_text(to_toml(settings.model_dump(mode="json")))
 
-    device = torch.device(usable(settings.device))
-    config = DecoderConfig(settings.decoder, samples.vocabulary.size, settings.data.context)
-    decoder = Decoder(config, settings.seed).to(device)
+    decoder.to(device, getattr(torch, settings.parameters))
     decoder.compute = getattr(torch, settings.precision)
-    optimizers = _optimizers(decoder, settings)
+    if settings.lora.rank:
+        keep_base(out, decoder)
+        adapt(decoder, settings.lora, settings.seed)
+    average = WeightAverage(decoder, settings.ema)
+    prepare(decoder, settings.recompute, settings.compile)
+    learners = Learners(decoder, optimizers(decoder, settings.optimizer), average)
     clock = Clock(total=settings.steps)
     cursor, losses = Cursor(), LossByKind(KINDS)
     if previous is not None:
-        state = load_step(previous, decoder, optimizers)
+        state = load_step(previous, learners)
         cursor = Cursor(**state["cursor"])
         clock = Clock(state["step"], settings.steps, state["tokens"], state["elapsed_s"])
         if settings.minutes is not None:
@@ -117,7 +138,7 @@ def train(
         progress.note(f"resuming at step {clock.step} of {clock.total}")
     loader = Loader(samples, settings.data, settings.seed, cursor)
     progress.note(_introduction(decoder, samples, loader, settings, device))
-    run = _Run(out, settings, decoder, optimizers, loader, clock, losses, progress)
+    run = _Run(out, settings, learners, loader, clock, losses, progress)
     log = settings.log
     run.record = Record(
         out, clock.step, log.tensorboard, log.wandb, settings.model_dump(mode="json")
@@ -125,7 +146,10 @@ def train(
     progress.begin("train", clock.total, "steps")
     progress.advance("train", clock.step)
     try:
-        with signals() as received:
+        with (
+            signals() as received,
+            Saver(out, settings.checkpoint.keep, settings.checkpoint.background) as run.saver,
+        ):
             run.steps(received)
     finally:
         progress.end("train")
@@ -139,13 +163,13 @@ class _Run:
 
     out: Path
     settings: TrainSettings
-    decoder: Decoder
-    optimizers: list[torch.optim.Optimizer]
+    learners: Learners
     loader: Loader
     clock: Clock
     losses: LossByKind
     progress: Progress
     record: Record = field(init=False)
+    saver: Saver = field(init=False)
     _validation: list[Batch] | None = None
 
     def steps(self, received: list[int]) -> None:
@@ -153,6 +177,7 @@ class _Run:
         clock, settings = self.clock, self.settings
         mark, marked = clock.seconds(), clock.tokens
         while clock.step < clock.total:
+            self.saver.check()
             values = self.step()
             clock.step += 1
             if settings.minutes is not None:
@@ -172,6 +197,7 @@ class _Run:
             if saving:
                 self.save()
             if received and not last:
+                self.saver.wait()
                 name = signal.Signals(received[0]).name
                 raise Interrupted(
                     f"stopped by {name} at step {clock.step} of {clock.total}; saved in "
@@ -180,31 +206,30 @@ class _Run:
 
     def step(self) -> dict[str, float]:
         """One optimizer step; returns loss, lr, grad_norm and fill."""
-        settings, clock = self.settings, self.clock
-        device = self.decoder.lm_head.weight.device
+        settings, clock, decoder = self.settings, self.clock, self.learners.decoder
+        device = decoder.lm_head.weight.device
         if settings.decoder.dropout:
             torch.manual_seed(int(draw(settings.seed, clock.step, "", "dropout") * 2**63))
-        self.decoder.train()
+        decoder.train()
         batches = [next(self.loader).to(device) for _ in range(settings.accumulate)]
         weight = sum(float(batch.weights.sum()) for batch in batches)  # of the whole step
         total = 0.0
         for batch in batches:
-            loss, losses = _loss(self.decoder, batch)
+            loss, losses = _loss(decoder, batch)
             (loss / weight).backward()
             total += float(loss.detach()) / weight
             self.losses.add(losses, batch.kinds, batch.weights)
             clock.tokens += len(batch.ids)
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), settings.optimizer.clip)
-        )
+        norm = float(torch.nn.utils.clip_grad_norm_(decoder.parameters(), settings.optimizer.clip))
         if not torch.isfinite(torch.tensor([total, norm])).all():
             self.stop_not_finite(batches, total, norm)
         lr = learning_rate(clock.step, clock.total, settings.optimizer)
-        for optimizer in self.optimizers:
+        for optimizer in self.learners.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.learners.average.update(clock.step)
         room = settings.accumulate * settings.data.context
         fill = sum(len(batch.ids) for batch in batches) / room
         return {"loss": total, "lr": lr, "grad_norm": norm, "fill": round(fill, 4)}
@@ -233,12 +258,12 @@ class _Run:
             )
         if not self._validation:
             return
-        self.decoder.eval()
+        decoder = self.learners.average.model.eval()
         losses = LossByKind(KINDS)
         with torch.no_grad():
             for batch in self._validation:
-                batch = batch.to(self.decoder.lm_head.weight.device)
-                losses.add(_loss(self.decoder, batch)[1], batch.kinds, batch.weights)
+                batch = batch.to(decoder.lm_head.weight.device)
+                losses.add(_loss(decoder, batch)[1], batch.kinds, batch.weights)
         values = {f"validation/{name}": mean for name, mean in losses.means().items()}
         self.record.write(self.clock.step, values)
         self.progress.show({"step": self.clock.step, **values})
@@ -252,8 +277,7 @@ class _Run:
         for split in ("train", "val") if not prompts else ():
             rows = [row for row in samples.rows[split] if samples.captions(row)][:4]
             prompts += [samples.caption(row, 0) for row in rows]
-        self.decoder.eval()
-        sampler = Sampler.for_checkpoint(self.out, self.decoder)
+        sampler = Sampler.for_checkpoint(self.out, self.learners.average.model.eval())
         pictures = sampler.images(prompts, seed=self.settings.seed)
         sheet = contact_sheet([row[0] for row in pictures])
         path = self.out / "samples" / f"step-{self.clock.step:08d}.png"
@@ -275,8 +299,7 @@ class _Run:
             "cursor": asdict(self.loader.cursor),
             "losses": self.losses.state(),
         }
-        keep = self.settings.checkpoint.keep
-        save_step(self.out, clock.step, self.decoder, self.optimizers, state, keep)
+        self.saver.save(clock.step, self.learners, state)
 
     def fit_schedule(self, minutes: float) -> None:
         """Choose the number of steps that the measured pace allows."""
@@ -301,7 +324,7 @@ class _Run:
             "grad_norm": str(norm),
             "lr": learning_rate(self.clock.step, self.clock.total, self.settings.optimizer),
             "samples": [key for batch in batches for key in batch.keys],
-            "not_finite": not_finite(self.decoder),
+            "not_finite": not_finite(self.learners.decoder),
         }
         path = self.out / "not-finite.json"
         with atomic(path) as file:
@@ -315,34 +338,6 @@ class _Run:
 def _loss(decoder: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = decoder.hidden(batch.ids, batch.positions, decoder.packed(batch.lengths))
     return weighted_cross_entropy(hidden, decoder.lm_head.weight, batch.targets, batch.weights)
-
-
-def _optimizers(decoder: Decoder, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or Muon over the blocks' matrices and AdamW over the rest."""
-    chosen = settings.optimizer
-    blocks = {p for p in decoder.model.layers.parameters() if p.dim() > 1}
-    muon = [p for p in decoder.parameters() if p in blocks and chosen.kind == "muon"]
-    rest = [p for p in decoder.parameters() if chosen.kind == "adamw" or p not in blocks]
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [p for p in rest if p.dim() > 1], "weight_decay": chosen.weight_decay},
-            {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        lr=chosen.lr,
-        betas=(chosen.beta1, chosen.beta2),
-        eps=chosen.eps,
-        fused=True,
-    )
-    if not muon:
-        return [adamw]
-    orthogonal = torch.optim.Muon(
-        muon,
-        lr=chosen.lr,
-        momentum=chosen.momentum,
-        weight_decay=chosen.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return [adamw, orthogonal]
 
 
 def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:
@@ -363,11 +358,17 @@ def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:
     }
 
 
-def _same_run(out: Path, settings: TrainSettings, about: dict[str, Any]) -> None:
+def _same_run(out: Path, step: Path, settings: TrainSettings, about: dict[str, Any]) -> None:
     """Refuse to resume with other data or other settings that the steps so far depend on."""
     if read_json(out / "data.json") != json.loads(json.dumps(about)):
         raise UnimodalError(
             f"the shards are not those that {out} was trained on: choose another directory"
+        )
+    done = read_json(step / "train.json")["step"]
+    if done > settings.steps:
+        raise UsageError(
+            f"{out} has done {done} steps already, and steps = {settings.steps} asks for fewer: "
+            "give --steps a higher number, or choose another directory"
         )
     old = build(TrainSettings, load_recipe(out / "config.toml", RECIPES)).model_dump(mode="json")
     changed = differences(old, settings.model_dump(mode="json"), MAY_CHANGE)

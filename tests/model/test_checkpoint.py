@@ -3,49 +3,113 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
 from unimodal.model import checkpoint
-from unimodal.model.checkpoint import find, latest_step, load_step, save_step
+from unimodal.model.checkpoint import Learners, Saver, find, latest_step, load_step
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
+from unimodal.model.lora import LoraSettings, adapt
 from unimodal.model.naming import config_record
+from unimodal.model.optim import optimizers
+from unimodal.model.recipe import OptimizerSettings
 from unimodal.pipeline.errors import UnimodalError
+from unimodal.tokenize.training import WeightAverage
 
 SHAPE = Shape(width=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn=24)
 CONFIG = DecoderConfig(SHAPE, 40, 64)
 
 
-def _trained(seed: int = 0) -> tuple[Decoder, torch.optim.AdamW]:
+def _trained(seed: int = 0, ema: float = 0.0, rank: int = 0) -> Learners:
     decoder = Decoder(CONFIG, seed)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2, fused=True)
-    for _ in range(2):
+    adapt(decoder, LoraSettings(rank=rank), seed)
+    average = WeightAverage(decoder, ema)
+    optimizers_ = optimizers(decoder, OptimizerSettings(lr=1e-2))
+    for step in range(2):
         decoder(torch.arange(12)[None]).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return decoder, optimizer
+        for optimizer in optimizers_:
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update(step)
+    return Learners(decoder, optimizers_, average)
 
 
-def test_weights_and_moments_come_back_bit_for_bit(tmp_path: Path) -> None:
-    decoder, optimizer = _trained()
-    step = save_step(tmp_path, 2, decoder, [optimizer], {"step": 2}, keep=2)
-    again, other = _trained(seed=9)
-    assert load_step(step, again, [other]) == {"step": 2}
-    for name, tensor in decoder.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor)
-    for mine, theirs in zip(decoder.parameters(), again.parameters(), strict=True):
+def _save(
+    out: Path, step: int, learners: Learners, keep: int = 2, background: bool = False
+) -> Path:
+    with Saver(out, keep, background) as saver:
+        saver.save(step, learners, {"step": step})
+    return out / f"step-{step:08d}"
+
+
+@pytest.mark.parametrize(("background", "ema"), [(False, 0.0), (True, 0.5)])
+def test_weights_and_moments_come_back_bit_for_bit(
+    tmp_path: Path, background: bool, ema: float
+) -> None:
+    learners, again = _trained(ema=ema), _trained(seed=9, ema=ema)
+    step = _save(tmp_path, 2, learners, background=background)
+    assert load_step(step, again) == {"step": 2}
+    pairs = [(learners.decoder, again.decoder), (learners.average.model, again.average.model)]
+    for one, other in pairs:
+        for name, tensor in one.state_dict().items():
+            assert torch.equal(other.state_dict()[name], tensor)
+    mine, theirs = (x.optimizers[0].state_dict()["state"] for x in (learners, again))
+    assert mine.keys() == theirs.keys() and len(mine) == 12
+    for index, moments in mine.items():
         for moment in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.equal(optimizer.state[mine][moment], other.state[theirs][moment])
-    assert torch.equal(Decoder.load(tmp_path).lm_head.weight, decoder.lm_head.weight)
+            assert torch.equal(moments[moment], theirs[index][moment])
+    shown = learners.average.model.lm_head.weight
+    assert torch.equal(Decoder.load(tmp_path).lm_head.weight, shown)
+    assert torch.equal(shown, learners.decoder.lm_head.weight) == (ema == 0)
     assert Decoder.load(step).config == CONFIG
 
 
+def test_what_is_saved_is_of_the_moment_that_save_was_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learners, gate = _trained(), threading.Event()
+    before = learners.decoder.lm_head.weight.clone()
+    write = Saver._write
+
+    def late(*arguments: Any) -> None:
+        assert gate.wait(20)
+        write(*arguments)
+
+    monkeypatch.setattr(Saver, "_write", late)
+    with Saver(tmp_path, keep=1) as saver:
+        saver.save(2, learners, {"step": 2})
+        saver.check()  # at work: nothing to tell
+        with torch.no_grad():
+            learners.decoder.lm_head.weight.add_(1)
+        assert latest_step(tmp_path) is None
+        gate.set()
+        saver.wait()
+        assert torch.equal(Decoder.load(tmp_path).lm_head.weight, before)
+
+
+def test_a_writer_that_fails_is_heard(tmp_path: Path) -> None:
+    learners = _trained()
+    _save(tmp_path, 1, learners)
+    (tmp_path / ".step-00000002.tmp").write_text("in the way")
+    with Saver(tmp_path, keep=1) as saver:
+        saver.save(2, learners, {"step": 2})
+        with pytest.raises(UnimodalError, match=r"step 2 could not be saved in .*make room there"):
+            while True:
+                saver.check()
+        saver.save(3, learners, {"step": 3})
+        with pytest.raises(UnimodalError, match="step 3 could not be saved"):
+            saver.save(4, learners, {"step": 4})
+    assert latest_step(tmp_path) == tmp_path / "step-00000001"
+
+
 def test_a_step_directory_loads_in_transformers_with_the_same_logits(tmp_path: Path) -> None:
-    decoder, optimizer = _trained()
-    step = save_step(tmp_path, 2, decoder, [optimizer], {"step": 2}, keep=2)
+    decoder = (learners := _trained()).decoder
+    step = _save(tmp_path, 2, learners)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(step).eval()
     assert type(theirs).__name__ == "LlamaForCausalLM"
     ids = torch.arange(20)[None]
@@ -54,9 +118,9 @@ def test_a_step_directory_loads_in_transformers_with_the_same_logits(tmp_path: P
 
 
 def test_only_the_newest_steps_are_kept(tmp_path: Path) -> None:
-    decoder, optimizer = _trained()
+    learners = _trained()
     for step in (1, 2, 3):
-        save_step(tmp_path, step, decoder, [optimizer], {"step": step}, keep=2)
+        _save(tmp_path, step, learners)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["latest", "step-00000002", "step-00000003"]
     assert latest_step(tmp_path) == tmp_path / "step-00000003"
@@ -66,8 +130,8 @@ def test_only_the_newest_steps_are_kept(tmp_path: Path) -> None:
 def test_dying_in_a_save_keeps_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
 ) -> None:
-    decoder, optimizer = _trained()
-    save_step(tmp_path, 1, decoder, [optimizer], {"step": 1}, keep=1)
+    learners = _trained()
+    _save(tmp_path, 1, learners, keep=1)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -75,11 +139,12 @@ def test_dying_in_a_save_keeps_the_previous_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, dies_in, die)
         with pytest.raises(KeyboardInterrupt):
-            save_step(tmp_path, 2, decoder, [optimizer], {"step": 2}, keep=1)
+            _save(tmp_path, 2, learners, keep=1)
     assert latest_step(tmp_path) == tmp_path / "step-00000001"
     Decoder.load(tmp_path)
-    save_step(tmp_path, 2, decoder, [optimizer], {"step": 2}, keep=1)
+    _save(tmp_path, 2, learners, keep=1)
     assert latest_step(tmp_path) == tmp_path / "step-00000002"
+    assert {p.name for p in tmp_path.iterdir()} == {"latest", "step-00000002"}
 
 
 def test_what_is_no_checkpoint_is_named_with_the_remedy(tmp_path: Path) -> None:
@@ -112,8 +177,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
 def test_a_model_of_another_kind_is_refused(
     tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    decoder, optimizer = _trained()
-    step = save_step(tmp_path, 1, decoder, [optimizer], {"step": 1}, keep=1)
+    step = _save(tmp_path, 1, _trained())
     config = json.loads((step / "config.json").read_text())
     (step / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UnimodalError, match=message):
@@ -121,8 +185,7 @@ def test_a_model_of_another_kind_is_refused(
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
-    decoder, optimizer = _trained()
-    step = save_step(tmp_path, 1, decoder, [optimizer], {"step": 1}, keep=1)
+    step = _save(tmp_path, 1, _trained())
     file = step / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UnimodalError, match=r"model\.safetensors cannot be read"):

@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_report_and_keeps_the_last_checkp
 
     def poisoned(run: _Run) -> dict[str, float]:
         if run.clock.step == 3:
-            run.decoder.model.norm.weight.data[0] = float("nan")
+            run.learners.decoder.model.norm.weight.data[0] = float("nan")
         return step(run)
 
     monkeypatch.setattr(_Run, "step", poisoned)

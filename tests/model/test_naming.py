@@ -15,9 +15,9 @@ from transformers.models.emu3 import Emu3Config, Emu3TextConfig
 from typer.testing import CliRunner
 
 from unimodal.cli.app import app
-from unimodal.model.checkpoint import save_step
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
 from unimodal.model.export import _emu3_tokenizer, export_model, strings, write_weights
+from unimodal.model.naming import config_record
 from unimodal.model.sample import Sampler
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.tokenize.text import TextTokenizer
@@ -41,7 +41,11 @@ def _checkpoint(
     for parameter in decoder.parameters():  # with all ones a lost norm would stay unseen
         if parameter.dim() == 1:
             parameter.data.uniform_(0.5, 1.5)
-    save_step(out, 3, decoder, [], {"step": 3}, keep=1)
+    step = out / "step-00000003"
+    step.mkdir(parents=True)
+    write_weights(decoder.state_dict(), step)
+    (step / "config.json").write_text(json.dumps(config_record(decoder.config)))
+    (out / "latest").write_text(step.name)
     vocabulary.save(out / "vocabulary")
     tokenizer.save(out / "vision_tokenizer")
     about = {

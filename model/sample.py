@@ -154,7 +154,7 @@ class Sampler:
         choice = self._choice(temperature, top_k, top_p, plausible)
         codes = self.codes(prompts, grammar, n, guidance, choice, seed, negative, progress)
         flat = [one for row in codes for one in row]
-        pictures = [pixels[0] for pixels in self._pixels([one[None] for one in flat], True)]
+        pictures = [pixels[0] for pixels in self.pixels([one[None] for one in flat], True)]
         return [pictures[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def videos(
@@ -191,7 +191,7 @@ class Sampler:
         grammar = BlockGrammar(self.vocabulary, height, width, latent, fps)
         choice = self._choice(temperature, top_k, top_p, plausible)
         codes = self.codes(prompts, grammar, n, guidance, choice, seed, negative, progress)
-        clips = self._pixels([one for row in codes for one in row], False)
+        clips = self.pixels([one for row in codes for one in row], False)
         return [clips[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def codes(
@@ -204,8 +204,12 @@ class Sampler:
         seed: int = 0,
         negative: str = "",
         progress: Progress | None = None,
+        first: int = 0,
     ) -> list[list[np.ndarray]]:
-        """`n` code arrays of the grammar's shape for each prompt, int64."""
+        """`n` code arrays of the grammar's shape for each prompt, int64.
+
+        `first` is the number of the first prompt, of a list that is drawn in parts.
+        """
         guidance = self.defaults.guidance if guidance is None else guidance
         choice = choice or self._choice()
         if not (0 < guidance < math.inf):
@@ -231,7 +235,7 @@ class Sampler:
                 grammar,
                 guidance,
                 choice,
-                Noise(seed, mine, self._device),
+                Noise(seed, [(first + prompt, sample) for prompt, sample in mine], self._device),
                 progress,
             )
             drawn += [one.reshape(grammar.shape) for one in ids.cpu().numpy()]
@@ -426,7 +430,7 @@ class Sampler:
             f"over the context of {context}: shorten it by {prompt_ids + block - context}"
         )
 
-    def _pixels(self, codes: list[np.ndarray], image: bool) -> list[np.ndarray]:
+    def pixels(self, codes: list[np.ndarray], image: bool) -> list[np.ndarray]:
         """uint8 [frames, H, W, 3] of codes [T, H, W], all of one shape."""
         from unimodal.tokenize.vision.pixels import to_uint8
 

@@ -165,6 +165,15 @@ def test_seed_prompt_and_sample_each_give_other_codes_and_a_seed_the_same(
     assert not np.array_equal(first, _stack(sampler.codes(["a", "a"], grammar, n=2, seed=2)))
 
 
+def test_a_list_drawn_in_parts_gives_the_same_codes(
+    sampler: Sampler, vocabulary: Vocabulary
+) -> None:
+    grammar = BlockGrammar(vocabulary, 4, 5)
+    whole = _stack(sampler.codes(["a", "b", "c"], grammar, n=2, seed=1))
+    part = _stack(sampler.codes(["b", "c"], grammar, n=2, seed=1, first=1))
+    assert np.array_equal(whole[2:], part)
+
+
 def test_guidance_of_one_is_plain_sampling_and_more_of_it_moves_the_codes(
     sampler: Sampler, vocabulary: Vocabulary
 ) -> None:
@@ -371,7 +380,7 @@ def test_clips_of_joint_codes_are_painted_jointly(
     codes = np.random.default_rng(0).integers(0, vocabulary.codebook_size, (2, 3, 3))
     for joint in (False, True):
         sampler = Sampler(decoder, vocabulary, tokenizer, GRIDS, joint=joint)
-        painted = sampler._pixels([codes], image=False)[0]
+        painted = sampler.pixels([codes], image=False)[0]
         whole = tokenizer.decode(torch.from_numpy(codes)[None], joint=joint)
         assert np.array_equal(painted, to_uint8(whole)[0])
     apart = tokenizer.decode(torch.from_numpy(codes)[None])

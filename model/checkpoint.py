@@ -4,12 +4,12 @@ CHECKPOINT/
   config.toml         every setting of the run; a recipe for `train` itself
   data.json           which vision tokenizer and vocabulary, which grids were trained on
   vocabulary/  vision_tokenizer/     copies, so that sampling works after a move
-  base/               with LoRA: the frozen weights
   metrics.jsonl  tensorboard/  samples/
   step-00001000/
     model.safetensors  config.json   loads in transformers as LlamaForCausalLM; with an average of
                                      the weights that average, with LoRA the merged weights
     trained.safetensors              then also what is trained: the weights themselves, the adapters
+    base.safetensors                 with LoRA: the frozen weights, linked from step to step
     optimizer.safetensors            first and second moments, by parameter name
     train.json                       step, position in the data, schedule
   latest              name of the newest complete step, written last
@@ -28,6 +28,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unimodal.model.decoder import Decoder, DecoderConfig
-from unimodal.model.lora import is_adapted, merged
+from unimodal.model.decoder import Decoder, DecoderConfig, initialise
+from unimodal.model.lora import is_adapted, merged, start_adapters
 from unimodal.model.naming import WEIGHTS, config_record, read_config, read_json, read_weights
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
@@ -71,8 +72,9 @@ class Learners:
         decoder = self.decoder
         files = {"model": merged(self.average.model), "optimizer": self._moments()}
         if self.average.model is not decoder or is_adapted(decoder):
-            trained = ((n, p) for n, p in decoder.named_parameters() if p.requires_grad)
-            files["trained"] = {f"trained.{name}": p.detach() for name, p in trained}
+            for name, parameter in decoder.named_parameters():
+                stem = "trained" if parameter.requires_grad else "base"
+                files.setdefault(stem, {})[f"{stem}.{name}"] = parameter.detach()
         return files
 
     def _moments(self) -> dict[str, Tensor]:
@@ -106,6 +108,7 @@ class Saver:
         self.out, self.keep = out, keep
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._writing: Future[None] | None = None
+        self._base: Path | None = None
         self._group: Any = None
         self._stager: Any = None
         if world > 1:
@@ -138,6 +141,11 @@ class Saver:
         files = learners.files()
         dtype = str(learners.decoder.lm_head.weight.dtype).removeprefix("torch.")
         config = config_record(learners.decoder.config, dtype=dtype)
+        base = self._base
+        if "base" in files:
+            self._base = self.out / step_name(step) / "base.safetensors"
+        if base is not None:
+            del files["base"]  # it does not change: linked from the step before
         if self._stager is not None:
             files = {stem: self._stager.stage(named) for stem, named in files.items()}
         elif self._pool is not None:
@@ -145,10 +153,11 @@ class Saver:
                 stem: {name: tensor.to("cpu", copy=True) for name, tensor in named.items()}
                 for stem, named in files.items()
             }
+        write = partial(self._write, step, files, base, config, dict(record))
         if self._pool is None:
-            self._write(step, files, config, dict(record))
+            write()
         else:
-            self._writing = self._pool.submit(self._write, step, files, config, dict(record))
+            self._writing = self._pool.submit(write)
 
     def check(self) -> None:
         """Raise the error of a writer that has failed, without waiting for one at work."""
@@ -165,6 +174,7 @@ class Saver:
         self,
         step: int,
         files: Mapping[str, Mapping[str, Tensor]],
+        base: Path | None,
         config: Mapping[str, Any],
         record: Mapping[str, Any],
     ) -> None:
@@ -178,6 +188,8 @@ class Saver:
                     save_file(plain, temporary / f"{stem}.safetensors", {"format": "pt"})
             elif not self._write_together(temporary, files):
                 return
+            if base is not None:
+                _link_or_copy(str(base), str(temporary / base.name))
             _write_json(temporary / "config.json", config)
             _write_json(temporary / "train.json", record)
             for path in temporary.iterdir():
@@ -298,18 +310,32 @@ def load_decoder(path: Path, device: str | torch.device = "cpu") -> Decoder:
     return decoder.eval()
 
 
-def start_from(decoder: Decoder, path: Path, data: Mapping[str, Any]) -> None:
-    """Fill `decoder` from the weights at `path`, to train it on what `data` (`data.json`) says.
+def start(learners: Learners, seed: int, init: Path | None, data: Mapping[str, Any]) -> None:
+    """First values: the weights at `init`, else random ones; adapters and average follow.
 
-    Raises `UsageError` if they are of another shape, vocabulary or vision tokenizer.
+    Raises `UsageError` if `init` is of another shape, vocabulary or vision tokenizer than the
+    decoder, to be trained on what `data` (`data.json`) says, needs.
     """
+    decoder = learners.decoder
+    if init is None:
+        initialise(decoder, decoder.config.shape.init_std, seed)
+    else:
+        _inherit(decoder, init, data)
+    start_adapters(decoder, seed)
+    if (average := learners.average.model) is not decoder:
+        with torch.no_grad():
+            for ours, theirs in zip(average.parameters(), decoder.parameters(), strict=True):
+                ours.copy_(theirs)
+
+
+def _inherit(decoder: Decoder, path: Path, data: Mapping[str, Any]) -> None:
     top, step = find(path)
     theirs, ours = weights_config(path), decoder.config
-    shapes = (
+    before, now = (
         {**config.shape.model_dump(), "head_dim": config.shape.channels}
         for config in (theirs, ours)
     )
-    other = differences(*shapes, free=("dropout", "init_std"))
+    other = differences(before, now, free=("dropout", "init_std"))
     if other:
         listed = ", ".join(f"{key} {was}, not {now}" for key, (was, now) in other.items())
         raise UsageError(f"{path} is of another shape ({listed}); set decoder.… to its values")
@@ -339,18 +365,6 @@ def keep_inputs(out: Path, shards: Any) -> None:
         # A hard link where the file system can: the bytes stay when the shards are deleted.
         shutil.copytree(source, temporary, copy_function=_link_or_copy)
         temporary.rename(target)
-
-
-def keep_base(out: Path, decoder: Decoder) -> None:
-    """Keep the weights that adapters are trained beside; once kept, take those."""
-    base = out / "base"
-    if not base.exists():
-        temporary = out / ".base.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file(decoder.state_dict(), temporary / WEIGHTS, {"format": "pt"})
-        temporary.rename(base)
-    read_weights(decoder, base)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unimodal.model.decoder import Decoder, Linear
+from unimodal.model.parallel import fill
 from unimodal.pipeline.settings import Settings
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -34,14 +35,13 @@ class LoraSettings(Settings):
 class Adapted(Linear):
     """A projection whose weight is frozen, and its adapter."""
 
-    def __init__(self, base: Linear, rank: int, scale: float, generator: torch.Generator) -> None:
+    def __init__(self, base: Linear, rank: int, scale: float) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.scale = base.weight, scale
         self.register_parameter("bias", None)
-        a = torch.empty(rank, base.in_features).normal_(0, 1 / rank, generator=generator)
-        self.lora_a = nn.Parameter(a.to(base.weight))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank).to(base.weight))
+        self.lora_a = nn.Parameter(base.weight.new_empty(rank, base.in_features))
+        self.lora_b = nn.Parameter(base.weight.new_empty(base.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(x, self.lora_a.to(x.dtype))  # [T, rank]
@@ -52,19 +52,28 @@ class Adapted(Linear):
         return self.weight + self.scale * (self.lora_b @ self.lora_a)
 
 
-def adapt(decoder: Decoder, settings: LoraSettings, seed: int) -> None:
-    """Freeze the decoder and put adapters beside its targets; nothing for rank 0."""
-    if not settings.rank:
-        return
+def adapt(decoder: Decoder, settings: LoraSettings) -> None:
+    """Freeze the decoder and put adapters beside its targets, yet without values."""
     decoder.requires_grad_(False)
     for name, module in list(decoder.named_modules()):
         path, _, last = name.rpartition(".")
         if last in settings.targets and isinstance(module, Linear):
+            adapted = Adapted(module, settings.rank, settings.alpha / settings.rank)
+            setattr(decoder.get_submodule(path), last, adapted)
+
+
+@torch.no_grad()
+def start_adapters(decoder: Decoder, seed: int) -> None:
+    """Give every adapter its first values: A from N(0, 1 / rank), keyed by name, and B zero."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, Adapted):
             key = hashlib.sha256(f"{seed}:{name}.lora_a".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            scale = settings.alpha / settings.rank
-            adapted = Adapted(module, settings.rank, scale, generator)
-            setattr(decoder.get_submodule(path), last, adapted)
+            a = torch.empty(module.lora_a.shape).normal_(
+                0, 1 / len(module.lora_a), generator=generator
+            )
+            fill(module.lora_a, a)
+            module.lora_b.zero_()
 
 
 def is_adapted(decoder: Decoder) -> bool:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
+from unimodal.model.parallel import fill
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.tokenize.vocabulary import Vocabulary
 
@@ -90,7 +91,7 @@ def read_weights(decoder: Decoder, directory: Path) -> None:
 
     Raises `UnimodalError` naming what is missing, left over, misshapen or unreadable.
     """
-    own = decoder.state_dict()
+    own = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
     seen: set[str] = set()
     for file in _files(directory):
         try:
@@ -106,7 +107,7 @@ def read_weights(decoder: Decoder, directory: Path) -> None:
                             f"{file}: {stored} is {shape}, config.json asks for {want}"
                         )
                     with torch.no_grad():
-                        own[name].copy_(weights.get_tensor(stored))
+                        fill(own[name], weights.get_tensor(stored))
                     seen.add(name)
         except (OSError, SafetensorError) as error:
             raise UnimodalError(f"{file} cannot be read ({error}): copy it again") from error

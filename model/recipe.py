@@ -14,6 +14,7 @@ from unimodal.model.data import DataSettings
 from unimodal.model.decoder import Shape
 from unimodal.model.dpo import DPOSettings
 from unimodal.model.lora import LoraSettings
+from unimodal.model.parallel import MeshSettings
 from unimodal.pipeline.settings import Settings, build, load_recipe
 from unimodal.tokenize.training import rate
 
@@ -129,6 +130,7 @@ class TrainSettings(Settings):
     objective: Literal["next-token", "dpo"] = "next-token"
     """What is learned: documents of shards, or preferences of triplets that `prefer` made."""
     dpo: DPOSettings = DPOSettings()
+    mesh: MeshSettings = MeshSettings()
     decoder: Shape = Shape()
     lora: LoraSettings = LoraSettings()
     data: DataSettings = DataSettings()
@@ -141,11 +143,13 @@ class TrainSettings(Settings):
     def _consistent(self) -> TrainSettings:
         if self.lora.rank and self.ema:
             raise ValueError("ema averages all weights, lora.rank trains adapters: choose one")
+        if self.lora.rank and self.mesh.tensor > 1:
+            raise ValueError("adapters cannot be split: mesh.tensor must be 1 with lora.rank")
         return self
 
 
 MAY_CHANGE = (
-    *("steps", "minutes", "device", "recompute", "compile", "needs_init"),
+    *("steps", "minutes", "device", "mesh", "recompute", "compile", "needs_init"),
     *("checkpoint", "log", "sampling"),
 )
 """Settings that a resumed run may have otherwise. Another `steps` changes the schedule."""

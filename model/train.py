@@ -21,12 +21,11 @@ from unimodal.model.blocks import prepare
 from unimodal.model.checkpoint import (
     Learners,
     Saver,
-    keep_base,
     keep_inputs,
     latest_step,
     load_step,
     read_json,
-    start_from,
+    start,
     to_toml,
 )
 from unimodal.model.data import (
@@ -44,6 +43,7 @@ from unimodal.model.decoder import Decoder, DecoderConfig, parameter_count
 from unimodal.model.lora import adapt
 from unimodal.model.loss import LossByKind, weighted_cross_entropy
 from unimodal.model.optim import optimizers
+from unimodal.model.parallel import Mesh, joined
 from unimodal.model.recipe import MAY_CHANGE, RECIPES, TrainSettings, learning_rate
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
@@ -92,7 +92,21 @@ def train(
     `UnimodalError` for unusable shards or weights, changed settings or data, and a loss that is
     not finite.
     """
-    progress = progress or Progress()
+    with joined(settings.mesh, usable(settings.device)) as mesh:
+        return _train(shards, out, settings, mesh, init, progress or Progress(), resume)
+
+
+def _train(
+    shards: Sequence[Path],
+    out: Path,
+    settings: TrainSettings,
+    mesh: Mesh,
+    init: Path | None,
+    progress: Progress,
+    resume: bool,
+) -> Path:
+    progress = progress if mesh.is_main else Progress()
+    mesh.check(settings.decoder, settings.accumulate)
     opened = open_shards(shards)
     out.mkdir(parents=True, exist_ok=True)
     previous = latest_step(out)
@@ -107,25 +121,15 @@ def train(
         raise UsageError(
             "this recipe goes on from trained weights: give --init DIR (or --set needs_init=false)"
         )
-    device = torch.device(usable(settings.device))
-    config = DecoderConfig(settings.decoder, samples.vocabulary.size, settings.data.context)
-    decoder = Decoder(config, settings.seed)
-    if init is not None and previous is None:
-        start_from(decoder, init, about)
-    keep_inputs(out, opened[0])
-    with atomic(out / "data.json") as file:
-        file.write_text(json.dumps(about, indent=2) + "\n")
-    with atomic(out / "config.toml") as file:
-        file.write_text(to_toml(settings.model_dump(mode="json")))
-
-    decoder.to(device, getattr(torch, settings.parameters))
-    decoder.compute = getattr(torch, settings.precision)
-    if settings.lora.rank:
-        keep_base(out, decoder)
-        adapt(decoder, settings.lora, settings.seed)
-    average = WeightAverage(decoder, settings.ema)
-    prepare(decoder, settings.recompute, settings.compile)
-    learners = Learners(decoder, optimizers(decoder, settings.optimizer), average)
+    learners = _learners(settings, samples.vocabulary.size, mesh)
+    if previous is None:
+        start(learners, settings.seed, init, about)
+    if mesh.is_main:
+        keep_inputs(out, opened[0])
+        with atomic(out / "data.json") as file:
+            file.write_text(json.dumps(about, indent=2) + "\n")
+        with atomic(out / "config.toml") as file:
+            file.write_text(to_toml(settings.model_dump(mode="json")))
     clock = Clock(total=settings.steps)
     cursor, losses = Cursor(), LossByKind(KINDS)
     if previous is not None:
@@ -137,7 +141,7 @@ def train(
         losses.restore(state["losses"])
         progress.note(f"resuming at step {clock.step} of {clock.total}")
     loader = Loader(samples, settings.data, settings.seed, cursor)
-    progress.note(_introduction(decoder, samples, loader, settings, device))
+    progress.note(_introduction(learners.decoder, samples, loader, settings, mesh))
     run = _Run(out, settings, learners, loader, clock, losses, progress)
     log = settings.log
     run.record = Record(
@@ -146,15 +150,32 @@ def train(
     progress.begin("train", clock.total, "steps")
     progress.advance("train", clock.step)
     try:
+        save = settings.checkpoint
         with (
             signals() as received,
-            Saver(out, settings.checkpoint.keep, settings.checkpoint.background) as run.saver,
+            Saver(out, save.keep, save.background, mesh.world) as run.saver,
         ):
             run.steps(received)
     finally:
         progress.end("train")
         run.record.close()
     return out
+
+
+def _learners(settings: TrainSettings, ids: int, mesh: Mesh) -> Learners:
+    """Decoder, optimizers and average on this process's device, yet without values."""
+    with torch.device("meta"):
+        decoder = Decoder(DecoderConfig(settings.decoder, ids, settings.data.context), None)
+    decoder.to(getattr(torch, settings.parameters))
+    decoder.compute = getattr(torch, settings.precision)
+    if settings.lora.rank:
+        adapt(decoder, settings.lora)
+    average = WeightAverage(decoder, settings.ema)
+    for one in {decoder, average.model}:
+        mesh.apply(one)
+        one.to_empty(device=mesh.device)
+    prepare(decoder, settings.recompute, settings.compile)
+    return Learners(decoder, optimizers(decoder, settings.optimizer), average)
 
 
 @dataclass
@@ -385,14 +406,14 @@ def _introduction(
     samples: Samples,
     loader: Loader,
     settings: TrainSettings,
-    device: torch.device,
+    mesh: Mesh,
 ) -> str:
     count = parameter_count(decoder)
     millions = ", ".join(f"{name} {number / 1e6:.2f} M" for name, number in count.items())
     plan, context = loader.plan, settings.data.context
     skipped = f"; {plan.skipped} too long for data.context skipped" if plan.skipped else ""
     return (
-        f"decoder {sum(count.values()) / 1e6:.2f} M parameters ({millions}) on {device}, "
+        f"decoder {sum(count.values()) / 1e6:.2f} M parameters ({millions}) on {mesh.device}, "
         f"{settings.precision}; {len(samples.rows['train'])} training and "
         f"{len(samples.rows['val'])} validation samples; packs {plan.fill(context):.1%} full"
         f"{skipped}"

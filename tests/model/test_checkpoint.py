@@ -14,7 +14,7 @@ import transformers
 from unimodal.model import checkpoint
 from unimodal.model.checkpoint import Learners, Saver, find, latest_step, load_step
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
-from unimodal.model.lora import LoraSettings, adapt
+from unimodal.model.lora import LoraSettings, adapt, start_adapters
 from unimodal.model.naming import config_record
 from unimodal.model.optim import optimizers
 from unimodal.model.recipe import OptimizerSettings
@@ -27,7 +27,9 @@ CONFIG = DecoderConfig(SHAPE, 40, 64)
 
 def _trained(seed: int = 0, ema: float = 0.0, rank: int = 0) -> Learners:
     decoder = Decoder(CONFIG, seed)
-    adapt(decoder, LoraSettings(rank=rank), seed)
+    if rank:
+        adapt(decoder, LoraSettings(rank=rank))
+        start_adapters(decoder, seed)
     average = WeightAverage(decoder, ema)
     optimizers_ = optimizers(decoder, OptimizerSettings(lr=1e-2))
     for step in range(2):

@@ -1,0 +1,125 @@
+"""Every mesh computes what one process does. `parallel_ranks` holds what the processes run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unimodal.model.attention import Packed, Share, SharedPacked
+from unimodal.model.decoder import Shape
+from unimodal.model.parallel import Mesh, MeshSettings, joined
+from unimodal.pipeline.errors import UsageError
+
+sys.path.append(str(Path(__file__).parent))  # the fork server imports it by its plain name
+import parallel_ranks as ranks  # type: ignore[import-not-found]
+
+R, S, C, T = "replicate", "shard", "context", "tensor"
+FOUR = [{R: 4}, {R: 2, S: 2}, {S: 2, C: 2}, {S: 2, T: 2}, {R: 2, T: 2}, {C: 4}]
+EIGHT = [{S: 2, C: 2, T: 2}, {R: 2, C: 2, T: 2}, {R: 2, S: 2, T: 2}, {R: 2, S: 2, C: 2}, {S: 8}]
+
+
+def _name(mesh: dict[str, int]) -> str:
+    return "-".join(f"{axis}{size}" for axis, size in mesh.items())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process computes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks.steps({}, folder, "alone")
+    return folder
+
+
+def _agrees(alone: Path, folder: Path, mesh: dict[str, int]) -> None:
+    one, many = (
+        json.loads(p.read_text()) for p in (alone / "alone.json", folder / f"{_name(mesh)}.json")
+    )
+    assert many["losses"][0] == pytest.approx(one["losses"][0], abs=2e-6)
+    assert many["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
+    # Adam divides by the gradient's size, so that of a tiny gradient it magnifies the rounding.
+    assert many["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    expected = load_file(alone / "alone.grads.safetensors")
+    grads = load_file(folder / f"{_name(mesh)}.grads.safetensors")
+    assert set(grads) == set(expected)
+    for name, grad in grads.items():
+        assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(
+    ("world", "meshes"),
+    [
+        (2, [{S: 2}, {C: 2}, {T: 2}]),
+        (4, [{C: 2, T: 2}]),
+        pytest.param(4, FOUR, marks=pytest.mark.slow),
+        pytest.param(8, EIGHT, marks=pytest.mark.slow),
+    ],
+)
+def test_every_mesh_computes_loss_and_gradients_of_one_process(
+    alone: Path, tmp_path: Path, world: int, meshes: list[dict[str, int]]
+) -> None:
+    ranks.run(world, [(ranks.steps, (mesh, tmp_path, _name(mesh))) for mesh in meshes])
+    for mesh in meshes:
+        _agrees(alone, tmp_path, mesh)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("lengths", [[24], [1, 22, 1], [5, 7, 12], [12, 12], [3] * 8, [2, 1] * 8])
+def test_a_shared_sequence_attends_as_a_whole_one(lengths: list[int], count: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(24, heads, 8, generator=g) for heads in (4, 2, 2))
+
+    def gather(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([share.take(torch.cat([k, v], 1)) for share in shares])
+
+    shares = [Share(rank, count, gather) for rank in range(count)]
+    whole = Packed(lengths).attend(0, q, k, v)
+    for share in shares:
+        mine = SharedPacked(lengths, share).attend(0, *(share.take(one) for one in (q, k, v)))
+        torch.testing.assert_close(mine, share.take(whole))
+        torch.testing.assert_close(share.whole(q[:0]), torch.cat([k, v], 1))
+
+
+def test_a_share_is_padded_behind_the_pack_and_its_padding_weighs_nothing() -> None:
+    pack = ranks.packs()[0]  # 62 tokens
+    shares = []
+    for rank in (0, 2):
+        mesh = Mesh(MeshSettings(context=2, tensor=2), torch.device("cpu"), rank)
+        part = mesh.split(pack)
+        assert part.lengths == [*pack.lengths, 2]
+        assert len(part.ids) == 32
+        shares.append(part)
+    assert sum(float(part.weights.sum()) for part in shares) == float(pack.weights.sum())
+    whole = Share(0, 2, lambda x: torch.cat([part.ids for part in shares])).whole(shares[0].ids)
+    assert torch.equal(whole[:62], pack.ids)
+    assert Mesh(MeshSettings(shard=8), torch.device("cpu"), 3).split(pack) is pack
+
+
+def test_a_mesh_that_does_not_fit_is_refused_in_one_line(monkeypatch: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with (
+        pytest.raises(UsageError, match=r"shard 8 .* is of 16 processes, but there are 2: launch"),
+        joined(MeshSettings(shard=8, tensor=2), "cpu"),
+    ):
+        pass
+    if torch.cuda.device_count() < 2:
+        there = torch.cuda.device_count()
+        with (
+            pytest.raises(UsageError, match=f"need a GPU each, and there are {there}"),
+            joined(MeshSettings(shard=2), "cuda"),
+        ):
+            pass
+    mesh = Mesh(MeshSettings(shard=2, tensor=3), torch.device("cpu"))
+    shape = Shape(width=32, heads=4, kv_heads=2, ffn=48)
+    with pytest.raises(
+        UsageError,
+        match=r"3 must divide decoder.heads 4; .*\.kv_heads 2; .*\.width 32; accumulate 3 ",
+    ):
+        mesh.check(shape, accumulate=3)
+    mesh.check(Shape(width=48, heads=6, kv_heads=3, ffn=48), accumulate=4)

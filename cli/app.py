@@ -15,6 +15,7 @@ from unimodal.cli import (
     demo,
     export,
     inspect,
+    prefer,
     sample,
     stages,
     tokenize,
@@ -39,6 +40,7 @@ app.command("train")(train.train)
 app.command("sample")(sample.sample)
 for stage in ("cut", "flow", "text", "score", "dedup", "decide", "caption", "report"):
     app.command(stage, rich_help_panel="Stages of curate")(getattr(stages, stage))
+app.command("prefer")(prefer.prefer)
 app.command("why")(why.why)
 app.command("inspect")(inspect.inspect)
 app.add_typer(export.app, name="export")

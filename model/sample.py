@@ -149,7 +149,7 @@ class Sampler:
         is None, the checkpoint's own recipe says how it is best drawn from.
         Raises `UnimodalError` for values out of range and for what the context cannot hold.
         """
-        height, width = self._grid(size, "image")[1:]
+        height, width = self.grid(size, "image")[1:]
         grammar = BlockGrammar(self.vocabulary, height, width)
         choice = self._choice(temperature, top_k, top_p, plausible)
         codes = self.codes(prompts, grammar, n, guidance, choice, seed, negative, progress)
@@ -178,7 +178,7 @@ class Sampler:
         `frames` is a multiple of 4, `fps` what the clip is to be shown at; both default, like
         `size`, to what training saw most. Otherwise as `images`.
         """
-        latent, height, width = self._grid(size, "video")
+        latent, height, width = self.grid(size, "video")
         if frames is not None:
             if frames < TEMPORAL or frames % TEMPORAL:
                 near = max(TEMPORAL, round(frames / TEMPORAL) * TEMPORAL)
@@ -370,7 +370,7 @@ class Sampler:
         if pixels.ndim not in (3, 4) or pixels.shape[-1] != 3 or not pixels.size:
             raise UsageError(f"a picture is [H, W, 3] and a clip [F, H, W, 3], not {pixels.shape}")
         kind = "image" if pixels.ndim == 3 else "video"
-        _, height, width = self._grid(None, kind)
+        _, height, width = self.grid(None, kind)
         clip = pixels[None] if pixels.ndim == 3 else _whole_groups(pixels)
         sides = area_size(clip.shape[1], clip.shape[2], height * width * SPATIAL**2)
         scaled = np.stack([resize(frame, sides) for frame in clip])
@@ -398,7 +398,7 @@ class Sampler:
             own.plausible if plausible is None else plausible,
         )
 
-    def _grid(self, size: tuple[int, int] | None, kind: str) -> tuple[int, int, int]:
+    def grid(self, size: tuple[int, int] | None, kind: str) -> tuple[int, int, int]:
         """(T, H, W) in codes of a size in pixels, or of what training saw most."""
         seen = next((tuple(g["size"]) for g in self.grids if g["kind"] == kind), None)
         if size is None:

@@ -9,6 +9,7 @@ weighs vision targets 0.5 (arXiv 2409.18869, §2.4); how it normalises is unpubl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,6 +148,12 @@ class LossByKind:
         kinds, losses = kinds[on].cpu(), losses.detach()[on].double().cpu()
         self.sums.index_add_(0, kinds, losses)
         self.counts += torch.bincount(kinds, minlength=len(self.names))
+
+    def summed(self, add: Callable[[Tensor], Tensor]) -> LossByKind:
+        """The same over all processes, of which `add` sums up a tensor."""
+        total = LossByKind(self.names)
+        total.sums, total.counts = add(self.sums), add(self.counts)
+        return total
 
     def means(self) -> dict[str, float]:
         """Mean loss in nats per token, of the kinds that were seen."""

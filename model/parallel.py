@@ -201,24 +201,56 @@ class Mesh:
                 changed[field.name] = part(value)
         return replace(batch, **changed)
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum in place over all that see tokens of their own; tensor peers see the same ones."""
-        for axis in ("replicate", "fsdp") if self.world > 1 else ():
-            torch.distributed.all_reduce(tensor, group=self.weights[axis].get_group())
-        return tensor
+    def deal(self, packs: Sequence[Batch]) -> Iterator[Batch]:
+        """This process's packs of those that all hold; as many to each, as gathering the weights
+        takes all of them: where they run out, the last once more with weight 0."""
+        for first in range(0, len(packs), self.data_world):
+            mine = packs[min(first + self.data_rank, len(packs) - 1)]
+            surplus = first + self.data_rank >= len(packs)
+            yield replace(mine, weights=torch.zeros_like(mine.weights)) if surplus else mine
 
-    def main_says(self, value: float) -> float:
-        """The value of the main process, of something that clocks or signals decide."""
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all that see tokens of their own; tensor peers see the same ones."""
+        if self.world == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        for axis in ("replicate", "fsdp"):
+            torch.distributed.all_reduce(total, group=self.weights[axis].get_group())
+        return total.to(tensor.device)
+
+    def totals(self, *values: float) -> list[float]:
+        """`sum` of numbers."""
+        if self.world == 1:
+            return list(values)
+        totals: list[float] = self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        return totals
+
+    def most(self, value: float) -> float:
+        """The highest of all processes: they agree on what a clock or a signal decides."""
         if self.world == 1:
             return value
-        said = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch.distributed.broadcast(said, 0)
-        return said.item()
+        highest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+        return highest.item()
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.world > 1:
-            torch.distributed.barrier()
+    def assembled(self, decoder: Decoder) -> Decoder | None:
+        """An ordinary decoder of the same weights in the main process; None in the others."""
+        if self.world == 1:
+            return decoder
+        from unimodal.model.decoder import Decoder
+        from unimodal.model.lora import merged
+
+        plain = None
+        if self.is_main:
+            with torch.device("meta"):
+                plain = Decoder(decoder.config, None).to(decoder.lm_head.weight.dtype)
+            plain.to_empty(device=self.device).eval().compute = decoder.compute
+        with torch.no_grad():
+            for name, tensor in merged(decoder).items():
+                full = whole(tensor)
+                if plain is not None:
+                    plain.get_parameter(name).copy_(full)
+        return plain
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
         """Norm of the whole gradient, which is scaled down to `max_norm` where it is above.

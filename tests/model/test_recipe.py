@@ -63,5 +63,11 @@ def test_learning_rate_warms_up_then_falls_to_its_minimum() -> None:
     assert rates[:10] == [learning_rate(step, 1000, chosen) for step in range(10)]
 
 
+def test_a_linear_schedule_falls_evenly_to_nothing_at_the_last_step() -> None:
+    chosen = OptimizerSettings(lr=1.0, warmup=0, schedule="linear")
+    rates = [learning_rate(step, 5, chosen) for step in range(5)]
+    assert rates == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+
+
 def test_defaults_are_complete() -> None:
     assert TrainSettings().decoder.channels == 32

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from unimodal.model.checkpoint import latest_step
 from unimodal.model.decoder import Decoder
 from unimodal.model.recipe import TrainSettings
 from unimodal.model.train import Interrupted, _Run, train
-from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.shards import Shards
 from unimodal.tokenize.training import Record, read_record
+from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 from unimodal.tokenize.vocabulary import Vocabulary
 
@@ -43,17 +48,21 @@ class _SignalAt(Progress):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize(("dropout", "optimizer"), [("0.0", "adamw"), ("0.1", "muon")])
+@pytest.mark.parametrize(
+    "sets",
+    [
+        (),
+        ("decoder.dropout=0.1", "optimizer.kind=muon", "checkpoint.background=false"),
+        ("decoder.dropout=0.1", "lora.rank=2", "recompute=selective"),
+        ("ema=0.9", "optimizer.schedule=linear", "optimizer.fused=false", "recompute=full"),
+        ("parameters=bfloat16", "precision=bfloat16", "decoder.dropout=0.1"),
+    ],
+    ids=["plain", "muon", "lora", "average", "bfloat16"],
+)
 def test_an_interrupted_run_has_bit_for_bit_the_losses_of_an_uninterrupted_one(
-    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings, dropout: str, optimizer: str
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings, sets: tuple[str, ...]
 ) -> None:
-    settings = tiny_settings(
-        f"decoder.dropout={dropout}",
-        f"optimizer.kind={optimizer}",
-        "log.validate_every=4",
-        "log.every=3",
-        "accumulate=2",
-    )
+    settings = tiny_settings(*sets, "log.validate_every=4", "log.every=3", "accumulate=2")
     train([tiny_shards.path], tmp_path / "whole", settings)
     with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3 of 8; saved"):
         train([tiny_shards.path], tmp_path / "parts", settings, progress=_SignalAt(3))
@@ -174,6 +183,97 @@ def test_other_settings_or_other_shards_are_not_resumed(
         train([other.path], out, tiny_settings())
     train([tiny_shards.path], out, tiny_settings("steps=9"))  # longer is allowed
     assert latest_step(out) == out / "step-00000009"
+
+
+def test_fewer_steps_than_are_done_already_are_refused(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings
+) -> None:
+    out = train([tiny_shards.path], tmp_path, tiny_settings())
+    before = (out / "config.toml").read_text()
+    with pytest.raises(UsageError, match="done 8 steps already, and steps = 4 asks for fewer"):
+        train([tiny_shards.path], out, tiny_settings("steps=4"))
+    assert (out / "config.toml").read_text() == before
+    train([tiny_shards.path], out, tiny_settings())  # found finished
+    assert latest_step(out) == out / "step-00000008"
+
+
+def test_a_run_starts_from_given_weights_of_its_shape_and_data(
+    tmp_path: Path,
+    tiny_shards: Shards,
+    tiny_settings: MakeSettings,
+    make_shards: Callable[..., Shards],
+) -> None:
+    first = train([tiny_shards.path], tmp_path / "first", tiny_settings())
+    still = tiny_settings("steps=1", "optimizer.lr=1e-12", "needs_init=true", "seed=7")
+    second = train([tiny_shards.path], tmp_path / "second", still, init=first)
+    before, after = (Decoder.load(path).state_dict() for path in (first, second))
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
+    # Resumed, it goes on from its own weights.
+    train([tiny_shards.path], second, still.model_copy(update={"steps": 2}))
+
+    out = tmp_path / "third"
+    with pytest.raises(UsageError, match=r"give --init DIR"):
+        train([tiny_shards.path], out, still)
+    with pytest.raises(UsageError, match=r"another shape \(.*width 32, not 48\); set decoder"):
+        train([tiny_shards.path], out, tiny_settings("decoder.width=48"), init=first)
+    with pytest.raises(UnimodalError, match="no checkpoint at"):
+        train([tiny_shards.path], out, tiny_settings(), init=tmp_path / "nowhere")
+    torch.manual_seed(1)
+    another = VisionTokenizer(MoVQ(MoVQConfig(codebook_size=64, ch=32, num_res_blocks=1)))
+    codes = [tiny_shards.codes(0)] * 2
+    other = make_shards(tmp_path / "other", codes, [["a"], ["b"]], by=another)
+    with pytest.raises(UsageError, match="trained with another vision tokenizer"):
+        train([other.path], out, tiny_settings(), init=first)
+    foreign = tmp_path / "foreign"  # weights alone: what their ids mean is the user's word
+    shutil.copytree(latest_step(first), foreign)
+    train([other.path], out, tiny_settings("steps=1"), init=foreign)
+    config = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
+    with pytest.raises(UsageError, match="has 99 ids, the vocabulary of the shards"):
+        train([other.path], tmp_path / "fourth", tiny_settings(), init=foreign)
+
+
+def test_an_average_of_the_weights_is_what_is_measured_and_saved(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings
+) -> None:
+    sets = ("log.validate_every=8", "log.validate_samples=2")
+    plain = train([tiny_shards.path], tmp_path / "plain", tiny_settings(*sets))
+    out = train([tiny_shards.path], tmp_path / "averaged", tiny_settings(*sets, "ema=0.9"))
+    (a, *_), (b, *_) = (
+        [r for r in _records(o) if "validation/structure" in r] for o in (plain, out)
+    )
+    assert a["validation/structure"] != b["validation/structure"]
+    # The decoder that is trained is the same; the average lags behind it.
+    assert [r.get("loss") for r in _records(plain)] == [r.get("loss") for r in _records(out)]
+    last = load_file(out / "step-00000008" / "trained.safetensors")
+    weights = Decoder.load(plain).state_dict()
+    assert all(torch.equal(last[f"trained.{name}"], weights[name]) for name in weights)
+    shown = Decoder.load(out)
+    assert not torch.equal(shown.lm_head.weight, weights["lm_head.weight"])
+    assert b["validation/structure"] > a["validation/structure"]
+
+
+def test_weights_and_biases_gets_the_records_when_asked(
+    tmp_path: Path,
+    tiny_shards: Shards,
+    tiny_settings: MakeSettings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = tiny_settings("log.wandb=emoji", "steps=2")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="pip install wandb"):
+        train([tiny_shards.path], tmp_path / "without", settings)
+    logged: list[dict[str, Any]] = []
+    online = SimpleNamespace(
+        log=logged.append, define_metric=lambda *_, **__: None, finish=lambda: logged.append({})
+    )
+    began: dict[str, Any] = {}
+    fake = SimpleNamespace(init=lambda **kwargs: began.update(kwargs) or online)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train([tiny_shards.path], tmp_path / "with", settings)
+    assert (began["project"], began["name"], began["config"]["steps"]) == ("emoji", "with", 2)
+    assert [row.get("step") for row in logged] == [1, 2, None]
+    assert {"loss", "lr", "tokens_per_s"} <= logged[0].keys()
 
 
 def test_minutes_shorten_the_schedule_and_the_learning_rate_with_it(

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 
 def tokenize(
-    run: Annotated[str, typer.Argument(help="Run directory of unimodal curate, or '-'.")],
+    things: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="THING…",
+            help="Run directory of unimodal curate, or '-'; or files of texts, questions and "
+            "answers, interleaved documents or edits (.txt, .jsonl, .json, .parquet).",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of shards.")] = Path("shards"),
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Vision tokenizer: small, or a directory.")
@@ -42,7 +49,7 @@ def tokenize(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Turn kept clips and images into discrete tokens, as WebDataset shards with an index.
+    """Turn clips, images and documents into tokens, as WebDataset shards with an index.
 
     Finished shards are kept: after an interruption, the same command makes only what is missing.
     """
@@ -61,13 +68,13 @@ def tokenize(
         {key: value for key, value in given.items() if value is not None},
         sets=sets or [],
     )
-    source = Path(console.from_stdin(run))
+    things = [console.from_stdin(thing) for thing in things]
     if plan:
         driver = stage.driver_of(engine.value, address, device)
-        _plan(source, settings, limit, driver, json)
+        _plan(things, out, settings, limit, driver, json)
         return
     shards = stage.tokenize(
-        source,
+        things,
         out,
         settings,
         engine=engine.value,
@@ -86,15 +93,19 @@ def tokenize(
 
 
 def _plan(
-    run: Path, settings: TokenizeSettings, limit: int | None, driver: str, as_json: bool
+    things: list[str],
+    out: Path,
+    settings: TokenizeSettings,
+    limit: int | None,
+    driver: str,
+    as_json: bool,
 ) -> None:
     from unimodal.cli import console
-    from unimodal.tokenize import plan as plans
+    from unimodal.tokenize.run import estimate
     from unimodal.tokenize.vision.tokenizer import VisionTokenizer
     from unimodal.tokenize.vocabulary import Vocabulary
 
     tokenizer = VisionTokenizer.load(settings.tokenizer)
     vocabulary = Vocabulary.named(settings.vocabulary, tokenizer.codebook_size)
-    clips = plans.kept_clips(run, limit)
-    found = plans.estimate(clips, settings, vocabulary, tokenizer.spatial_factor)
+    found = estimate(things, out, settings, tokenizer, vocabulary, limit)
     console.plan("would tokenize", {**found, "engine": driver}, as_json)

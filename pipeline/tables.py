@@ -214,7 +214,7 @@ def _parquet(table: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
     try:
         with pq.ParquetFile(table) as file:
-            columns = [field.name for field in file.schema_arrow if not _bulky(field.type)]
+            columns = [field.name for field in file.schema_arrow if not bulky(field.type)]
             _Roles.of(columns, name, captions=False)
             number = 0
             for batch in file.iter_batches(BATCH, columns=columns):
@@ -238,14 +238,14 @@ def _cells(batch: Any, name: str, before: int) -> list[dict[str, Any]]:
         raise
 
 
-def _bulky(kind: Any) -> bool:
+def bulky(kind: Any) -> bool:
     """Whether a Parquet column is no text to ride along: bytes, vectors, and structs of them."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
-        return any(_bulky(field.type) for field in kind)
+        return any(bulky(field.type) for field in kind)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.types.is_floating(kind.value_type) or _bulky(kind.value_type)
+        return pa.types.is_floating(kind.value_type) or bulky(kind.value_type)
     return (
         pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)

@@ -15,11 +15,11 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -78,6 +78,12 @@ class TokenizeSettings(Settings):
     """Images, or groups of 4 frames, that are encoded at once."""
     val_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of sources (not of clips) that go to the validation split."""
+    text_column: str = "text"
+    """Key or column of the text, in files of texts."""
+    text_by: Literal["file", "paragraph", "line"] = "file"
+    """What of a .txt is one document; paragraphs have a blank line between them."""
+    images: str = ""
+    """Folder that paths of pictures in files of documents begin at; empty: the file's own."""
     patience: Patience = Patience()
     """When to give up on a file or on the run; no part of what the shards record."""
 
@@ -85,9 +91,10 @@ class TokenizeSettings(Settings):
         """What the manifest keeps: all that decides which codes there are.
 
         The tokenizer and the vocabulary are known by their digests; a path would say it of one
-        machine.
+        machine. A batch's size changes no code.
         """
-        return self.model_dump(mode="json", exclude={"tokenizer", "vocabulary", "patience"})
+        left_out = {"tokenizer", "vocabulary", "patience", "images", "batch"}
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -151,6 +158,13 @@ class Unit:
     """Rows {uri, reason} of clips that cannot become samples."""
     at: tuple[int, int, int] = (0, 0, 0)
     """Where it begins: batch of clips, row in it, window of that clip."""
+
+    pictures = True
+    """There may be some to encode."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a worker needs to know to plan it again."""
+        return {"at": self.at}
 
     @property
     def clips(self) -> int:
@@ -323,16 +337,19 @@ def estimate(
     settings: TokenizeSettings,
     vocabulary: Vocabulary,
     factor: int = SPATIAL,
+    there: Callable[[Unit], bool] = lambda unit: False,
 ) -> dict[str, int]:
     """What tokenizing would make, as counts; `tokens` are those of vision blocks, not captions.
 
-    `disk_bytes` counts codes and what a tar adds to them, with 1 KiB for a sample's metadata.
+    `disk_bytes` counts codes and what a tar adds to them, with 1 KiB for a sample's metadata;
+    `done` shards are those of which `there` says that they are made already.
     """
-    names = ("shards", "clips", "images", "windows", "vision_codes", "tokens", "unfit")
+    names = ("shards", "done", "clips", "images", "windows", "vision_codes", "tokens", "unfit")
     total = dict.fromkeys((*names, "disk_bytes"), 0)
     size = 2 if vocabulary.codebook_size <= 1 << 16 else 4
     for unit in units(clips, settings, vocabulary, factor):
         total["shards"] += 1
+        total["done"] += there(unit)
         total["clips"] += unit.clips
         total["unfit"] += len(unit.unfit)
         for window in unit.windows:

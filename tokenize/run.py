@@ -1,6 +1,7 @@
-"""From a curated run to shards: the plan, who does it, and what came of it.
+"""From a curated run, or files of documents, to shards: the plan, who does it, what came of it.
 
-    run/clips.parquet -> plan.units -> jobs for an engine (unit.do_unit) -> shards/
+    run/clips.parquet -> plan.units ────────┐
+    x.jsonl y.txt     -> corpora.row_units ─┴> jobs for an engine (unit.do_unit) -> shards/
 
 A unit is one shard, and a job of `unimodal.pipeline.engine`: the same bytes come out in this
 process, in a pool or on Ray. Workers write tars and their indices; the manifest and the quarantine
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,20 +24,32 @@ from unimodal.pipeline.errors import UnimodalError, UsageError, full_disk
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.progress import Progress
-from unimodal.pipeline.supervise import Patience
 from unimodal.pipeline.tell import Tell
 from unimodal.pipeline.worker import Job, Step
+from unimodal.tokenize import plan as plans
+from unimodal.tokenize.corpora import Corpus, RowUnit, find_corpora, row_units
 from unimodal.tokenize.device import usable
-from unimodal.tokenize.plan import PACKED, Clips, TokenizeSettings, clips_file, kept_clips, units
+from unimodal.tokenize.plan import (
+    PACKED,
+    TokenizeSettings,
+    Unit,
+    clips_file,
+    kept_clips,
+    score_columns,
+    units,
+)
 from unimodal.tokenize.shards import Shards, ShardWriter, check_ours, shard_paths
 from unimodal.tokenize.unit import KEPT, PLAN, STAGE, Setup, VisionTokenizer
 from unimodal.tokenize.vocabulary import Vocabulary
 
-__all__ = ["TokenizeSettings", "tokenize"]
+__all__ = ["TokenizeSettings", "estimate", "tokenize"]
+
+Things = str | Path | Sequence[str | Path]
+"""A run directory of curate, or files of texts or documents, or globs of such."""
 
 
 def tokenize(
-    run_dir: Path,
+    things: Things,
     out: Path,
     settings: TokenizeSettings,
     *,
@@ -49,11 +62,11 @@ def tokenize(
     device: str = "auto",
     retry_quarantined: bool = False,
 ) -> Shards:
-    """Tokenize the kept clips of `run_dir` into shards at `out`, and open them.
+    """Tokenize the kept clips of a run, or the rows of files, into shards at `out`; open them.
 
-    Shards that are already there for the same clips and settings are not made again;
-    `retry_quarantined` does those again from which a clip was left out that could not be read.
-    `limit` takes only the first so many clips. `engine` is auto, inline, local or ray, with
+    Shards that are already there for the same input and settings are not made again;
+    `retry_quarantined` does those again from which something was left out that could not be read.
+    `limit` takes only the first so many clips or rows. `engine` is auto, inline, local or ray, with
     `workers` processes and, for Ray, a cluster `address`; where there are GPUs and `device` is
     auto or cuda, each gets a process. Raises `UnimodalError` if there is nothing to do, if `out`
     holds shards of another tokenizer, vocabulary or settings, or if the run cannot go on.
@@ -65,9 +78,12 @@ def tokenize(
     driver = driver_of(engine, address, device) if tokenizer is None else "inline"
     out = out.absolute()
     check_ours(out)
-    with clips_file(run_dir).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    made_of = hashlib.sha256(f"{digest} {limit}".encode()).hexdigest()
+    found = _found(things, settings)
+    made_of = ""
+    if isinstance(found, Path):
+        with clips_file(found).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        made_of = hashlib.sha256(f"{digest} {limit}".encode()).hexdigest()
     if tokenizer is None:
         from unimodal.tokenize.vision.tokenizer import VisionTokenizer as Trained
 
@@ -80,23 +96,31 @@ def tokenize(
     with run_lock(out, progress):
         try:
             writer = ShardWriter(out, tokenizer, vocabulary, settings.recorded())
-            shards = None if retry_quarantined else writer.complete(made_of)
+            again = retry_quarantined or not made_of
+            shards = None if again else writer.complete(made_of)
             if shards is not None:
                 progress.note("all shards were there already")
             else:
-                clips = kept_clips(run_dir, limit)
-                plan = _Plan(out, writer, settings, vocabulary, tokenizer.spatial_factor)
-                plan.make(clips, retry_quarantined, device)
+                plan = _Plan(out, writer, settings)
+                if isinstance(found, Path):
+                    plan.clip_units(found, vocabulary, tokenizer, limit, retry_quarantined, device)
+                else:
+                    scores = sorted({name for corpus in found for name in corpus.numbers})
+                    rows = row_units(found, settings, limit)
+                    plan.make(rows, scores, retry_quarantined, device)
+                    made_of = plan.digest.hexdigest()
                 if driver == "inline":
-                    KEPT[plan.run] = Setup.load(out, device, tokenizer)
+                    facts = settings.model_dump(mode="json")
+                    KEPT[plan.run] = Setup.load(out, device, facts, tokenizer)
                 del tokenizer  # a gigabyte that nobody needs beside the workers
-                seconds = _do(plan, driver, workers, address, settings.patience, progress)
-                (out / PLAN).unlink()
+                unit = "clips" if isinstance(found, Path) else "rows"
+                seconds = _do(plan, driver, workers, address, unit, progress)
+                (out / PLAN).unlink(missing_ok=True)
                 shards = writer.finish(plan.count, made_of)
                 if plan.jobs:
                     codes = sum(writer.codes[number] for number in plan.numbers)
                     done = sum(plan.clips.values())
-                    shards.rates = {"clips/s": done / seconds, "codes/s": codes / seconds}
+                    shards.rates = {f"{unit}/s": done / seconds, "codes/s": codes / seconds}
                 if resumed := plan.count - len(plan.jobs):
                     progress.note(f"{resumed} of {plan.count} shards were there already")
         except OSError as error:
@@ -104,10 +128,49 @@ def tokenize(
     totals = shards.manifest["totals"]
     if totals["quarantined"]:
         why = out / "quarantine.parquet"
-        progress.note(f"{totals['quarantined']} clips were left out: {why} says why")
+        progress.note(f"{totals['quarantined']} inputs were left out: {why} says why")
     if settings.val_fraction and not totals["val"]:
         progress.note("no source fell into the validation split: raise val_fraction to have one")
     return shards
+
+
+def estimate(
+    things: Things,
+    out: Path,
+    settings: TokenizeSettings,
+    tokenizer: VisionTokenizer,
+    vocabulary: Vocabulary,
+    limit: int | None = None,
+) -> dict[str, int]:
+    """What `tokenize` would make, as counts; `done` shards are in `out` already.
+
+    Raises `UnimodalError` as `tokenize` does before it begins.
+    """
+    found = _found(things, settings)
+    writer = ShardWriter(out, tokenizer, vocabulary, settings.recorded(), look_only=True)
+
+    def there(unit: Unit | RowUnit) -> bool:
+        return writer.has(unit.number, unit.digest(writer.header))
+
+    if isinstance(found, Path):
+        clips = kept_clips(found, limit)
+        return plans.estimate(clips, settings, vocabulary, tokenizer.spatial_factor, there)
+    total = dict.fromkeys(("shards", "done", "rows", "bytes"), 0)
+    total["bytes"] = sum(Path(corpus.path).stat().st_size for corpus in found)
+    for unit in row_units(found, settings, limit):
+        total["shards"] += 1
+        total["done"] += there(unit)
+        total["rows"] += unit.clips
+    return total
+
+
+def _found(things: Things, settings: TokenizeSettings) -> Path | list[Corpus]:
+    """The run directory, or the files, that a user means."""
+    many = [things] if isinstance(things, str | Path) else list(things)
+    one = Path(many[0])
+    if len(many) == 1 and (one.is_dir() or not (one.suffix or one.exists())):
+        return one
+    return find_corpora(many, settings)
 
 
 def driver_of(engine: str, address: str | None, device: str) -> str:
@@ -128,16 +191,9 @@ def driver_of(engine: str, address: str | None, device: str) -> str:
 class _Plan:
     """The units of a run, and the jobs for those that are not done."""
 
-    def __init__(
-        self,
-        out: Path,
-        writer: ShardWriter,
-        settings: TokenizeSettings,
-        vocabulary: Vocabulary,
-        factor: int,
-    ) -> None:
-        self.out, self.writer = out, writer
-        self.settings, self.vocabulary, self.factor = settings, vocabulary, factor
+    def __init__(self, out: Path, writer: ShardWriter, settings: TokenizeSettings) -> None:
+        self.out, self.writer, self.settings = out, writer, settings
+        self.digest = hashlib.sha256()  # of all units
         self.run = secrets.token_hex(8)
         self.count = 0  # units
         self.there = 0  # clips of units that are done
@@ -145,8 +201,17 @@ class _Plan:
         self.numbers: list[int] = []  # units of the jobs
         self.clips: dict[str, int] = {}  # of each job, by its part
 
-    def make(self, clips: Clips, retry: bool, device: str) -> None:
-        """Write the clips in order for the workers, and find out what is to be done."""
+    def clip_units(
+        self,
+        run_dir: Path,
+        vocabulary: Vocabulary,
+        tokenizer: VisionTokenizer,
+        limit: int | None,
+        retry: bool,
+        device: str,
+    ) -> None:
+        """Write the clips in order for the workers, and `make` their units."""
+        clips = kept_clips(run_dir, limit)
         with (
             atomic(self.out / PLAN) as temporary,
             pa.ipc.new_file(temporary, clips.schema, options=PACKED) as file,
@@ -157,22 +222,31 @@ class _Plan:
                     file.write_batch(batch)
                     yield batch
 
-            for unit in units(written(), self.settings, self.vocabulary, self.factor):
-                self.count += 1
-                digest = unit.digest(self.writer.header)
-                if self.writer.has(unit.number, digest) and not (
-                    retry and self.writer.lost(unit.number) != unit.unfit
-                ):
-                    self.there += unit.clips
-                    continue
-                part = shard_paths(self.out, unit.number)[0].stem
-                facts = {"run": self.run, "number": unit.number, "at": unit.at, "device": device}
-                facts["digest"] = digest
-                entry = "unimodal.tokenize.unit:do_unit"
-                step = Step(STAGE, str(self.out), facts, model=device != "cpu", entry=entry)
-                self.jobs.append(Job(part, [step], [], threads=0))
-                self.numbers.append(unit.number)
-                self.clips[part] = unit.clips
+            found = units(written(), self.settings, vocabulary, tokenizer.spatial_factor)
+            self.make(found, score_columns(clips.schema), retry, device)
+
+    def make(
+        self, found: Iterable[Unit | RowUnit], scores: Sequence[str], retry: bool, device: str
+    ) -> None:
+        """Find out what is to be done."""
+        told = self.settings.model_dump(mode="json")
+        shared = {"run": self.run, "device": device, "scores": list(scores), "settings": told}
+        for unit in found:
+            self.count += 1
+            digest = unit.digest(self.writer.header)
+            self.digest.update(digest.encode())
+            if self.writer.has(unit.number, digest) and not (
+                retry and self.writer.lost(unit.number) != unit.unfit
+            ):
+                self.there += unit.clips
+                continue
+            part = shard_paths(self.out, unit.number)[0].stem
+            facts = {**shared, "number": unit.number, "digest": digest, "pictures": unit.pictures}
+            entry, model = "unimodal.tokenize.unit:do_unit", unit.pictures and device != "cpu"
+            step = Step(STAGE, str(self.out), facts | unit.facts(), model=model, entry=entry)
+            self.jobs.append(Job(part, [step], [], threads=0))
+            self.numbers.append(unit.number)
+            self.clips[part] = unit.clips
         if self.jobs:
             self.writer.begin(self.numbers)
 
@@ -182,11 +256,12 @@ def _do(
     driver: str,
     workers: int | None,
     address: str | None,
-    patience: Patience,
+    unit: str,
     progress: Progress,
 ) -> float:
-    """Have the engine do the jobs; returns the seconds that it took."""
-    progress.begin(STAGE, plan.there + sum(plan.clips.values()), "clips")
+    """Have the engine do the jobs, of so many of a `unit`; returns the seconds that it took."""
+    patience = plan.settings.patience
+    progress.begin(STAGE, plan.there + sum(plan.clips.values()), unit)
     progress.advance(STAGE, plan.there)
     told: dict[str, int] = {}  # things of each part: one that is tried again tells of them again
     seen = failed = 0
@@ -203,7 +278,7 @@ def _do(
         failed += bool(why)
         if failed >= patience.failures_least and failed > patience.failures * seen:
             raise UnimodalError(
-                f"stopped: {failed} of the first {seen} clips could not be read, the last one "
+                f"stopped: {failed} of the first {seen} {unit} could not be read, the last one "
                 f"because of: {why}. If a disk or a network was away, run the same command with "
                 "--retry-quarantined; if these files are just broken, with "
                 "--set patience.failures=1"

@@ -137,7 +137,8 @@ class ShardWriter:
 
     A shard is the result of one unit of work, known by a digest. `has` tells whether the unit
     is done already, `write` does it, `finish` makes the directory readable. Until then the
-    manifest says "writing". The caller sees to it that there is one writer at a time.
+    manifest says "writing". The caller sees to it that there is one writer at a time. With
+    `look_only`, nothing may be written, and nothing is.
 
     Raises `UnimodalError` if `out` holds shards of another tokenizer, vocabulary or settings.
     """
@@ -149,6 +150,7 @@ class ShardWriter:
         vocabulary: Vocabulary,
         settings: Mapping[str, Any],
         scores: Sequence[str] = (),
+        look_only: bool = False,
     ) -> None:
         self.out = out
         self.scores = scores
@@ -169,10 +171,12 @@ class ShardWriter:
                 f"tokenizer has {tokenizer.codebook_size}: choose a vocabulary made for it"
             )
         check_ours(out)
-        out.mkdir(parents=True, exist_ok=True)
         if (out / "manifest.json").exists():
             self._same(_manifest(out))
-        else:
+        if look_only:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "manifest.json").exists():
             _fill(out / "vocabulary", vocabulary)
             _fill(out / "vision_tokenizer", tokenizer)
             self._write_manifest({"state": "writing"})
@@ -253,8 +257,9 @@ class ShardWriter:
             pa.Table.from_pylist(lost, schema=QUARANTINE), self.out / "quarantine.parquet"
         )
         if not totals["samples"]:
+            why = self.out / "quarantine.parquet"
             raise UnimodalError(
-                f"nothing could be tokenized: {self.out / 'quarantine.parquet'} says why"
+                f"none of the clips or rows could be tokenized: {why} says why"
                 + (f" (first: {lost[0]['reason']})" if lost else "")
             )
         totals["quarantined"] = len(lost)
@@ -552,8 +557,8 @@ def _text(tar: int, at: Mapping[str, Any]) -> str:
 
 def _codes_in(rows: pa.Table) -> int:
     """Codes of all rows together, which have the sizes `_SIZE`."""
-    t, h, w = (pc.fill_null(rows[name], 0).to_numpy().astype(np.int64) for name in _SIZE)
-    return int((t * h * w).sum())
+    sizes = [pc.fill_null(rows[name], 0).to_numpy().astype(np.int64) for name in _SIZE]
+    return int(np.prod(np.stack(sizes), axis=0).sum())
 
 
 def _upgraded(table: pa.Table) -> pa.Table:

@@ -1,6 +1,7 @@
 """One unit of tokenizing: decode, crop, resize, encode, and write one shard.
 
     out/plan.arrow + (batch, row, window) -> plan.units -> pixels -> vision tokenizer -> shard
+    stretches of files of documents       -> corpora.drafts -> assemble.documents ─┘
 
 This runs in the worker processes of `unimodal.pipeline.engine`, by its name: `do_unit`. A worker
 keeps the tokenizer from unit to unit, and decodes the next pictures while it encodes. A clip that
@@ -19,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +31,8 @@ import pyarrow as pa
 from unimodal.pipeline.errors import MediaError, UnimodalError, full_disk, reason
 from unimodal.pipeline.tell import Tell
 from unimodal.pipeline.worker import Job, Step
+from unimodal.tokenize.assemble import STAGE, documents
+from unimodal.tokenize.corpora import RowUnit
 from unimodal.tokenize.device import out_of_memory, usable
 from unimodal.tokenize.plan import (
     TEMPORAL,
@@ -49,7 +53,6 @@ if TYPE_CHECKING:
 
 PLAN = "plan.arrow"
 """The kept clips in the order of tokenizing; in the directory of shards while they are made."""
-STAGE = "tokenize"
 TICK_S = 5.0
 """How often a worker that encodes says that it is alive: a large batch takes minutes on a CPU."""
 
@@ -80,30 +83,45 @@ class Setup:
     """What every unit of one run shares."""
 
     out: Path
+    device: str
     header: dict[str, Any]
     settings: TokenizeSettings
     vocabulary: Vocabulary
-    tokenizer: VisionTokenizer
-    clips: Any  # pa.ipc.RecordBatchFileReader
+    given: VisionTokenizer | None
+    """Replaces the tokenizer's copy in `out`."""
 
     @classmethod
-    def load(cls, out: Path, device: str, tokenizer: VisionTokenizer | None = None) -> Setup:
+    def load(
+        cls,
+        out: Path,
+        device: str,
+        settings: Mapping[str, Any],
+        tokenizer: VisionTokenizer | None = None,
+    ) -> Setup:
         """Open the directory that is being written; the tokenizer is its own copy by default."""
         manifest = json.loads((out / "manifest.json").read_text())
         header = {k: manifest[k] for k in ("format", "vision_tokenizer", "vocabulary", "settings")}
-        if tokenizer is None:
-            from unimodal.tokenize.vision.tokenizer import VisionTokenizer as Trained
-
-            tokenizer = Trained.load(out / "vision_tokenizer", usable(device))
-        if tokenizer.digest != header["vision_tokenizer"]["digest"]:
-            raise UnimodalError(
-                f"{out / 'vision_tokenizer'} is not the one of the manifest: delete {out} and "
-                "run the same command again"
-            )
-        settings = TokenizeSettings(**header["settings"])
         vocabulary = Vocabulary.load(out / "vocabulary")
-        clips = pa.ipc.open_file(pa.OSFile(str(out / PLAN)))
-        return cls(out, header, settings, vocabulary, tokenizer, clips)
+        return cls(out, device, header, TokenizeSettings(**settings), vocabulary, tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> VisionTokenizer:
+        """Loaded when the first picture wants it: texts do without."""
+        from unimodal.tokenize.vision.tokenizer import VisionTokenizer as Trained
+
+        copy = self.out / "vision_tokenizer"
+        tokenizer = self.given or Trained.load(copy, usable(self.device))
+        if tokenizer.digest != self.header["vision_tokenizer"]["digest"]:
+            raise UnimodalError(
+                f"{copy} is not the one of the manifest: delete {self.out} and run the same "
+                "command again"
+            )
+        return tokenizer
+
+    @cached_property
+    def clips(self) -> Any:  # pa.ipc.RecordBatchFileReader
+        """The kept clips of a run, in order."""
+        return pa.ipc.open_file(pa.OSFile(str(self.out / PLAN)))
 
     def unit(self, number: int, at: Sequence[int]) -> Unit:
         """Unit `number`, which begins at (batch of clips, row, window)."""
@@ -130,27 +148,35 @@ def do_unit(job: Job, step: Step, poison: Mapping[str, str], tell: Tell) -> None
 
     threads = job.threads or os.cpu_count() or 1
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # of each that encodes: see `_Work.encode`
+    torch.set_num_threads(1)  # of each that encodes: see `Work.encode`
     try:
         with exact_arithmetic():
             if facts["run"] not in KEPT:
                 KEPT.clear()
                 with _alive(tell):
-                    KEPT[facts["run"]] = Setup.load(out, facts["device"])
+                    settings = facts["settings"]
+                    KEPT[facts["run"]] = Setup.load(out, facts["device"], settings)
             setup = KEPT[facts["run"]]
-            unit = setup.unit(facts["number"], facts["at"])
-            digest, scores = unit.digest(setup.header), score_columns(setup.clips.schema)
+            with _alive(tell):
+                _ = facts["pictures"] and setup.tokenizer
+            rows = "spans" in facts
+            unit = RowUnit.of(facts) if rows else setup.unit(facts["number"], facts["at"])
+            digest = unit.digest(setup.header)
             if digest != facts["digest"]:
                 raise UnimodalError(
-                    f"{out / PLAN} is not the one that this run wrote: is another run at work in "
-                    f"{out}? If not, run the same command again"
+                    f"{out} is not planned as this run did: is another run at work in it? If not, "
+                    "run the same command again"
                 )
             ahead = 0 if job.one_by_one else min(threads, 8)
             encoders = 1 if facts["device"].startswith("cuda") else threads
             with ThreadPoolExecutor(encoders) as pool:
-                work = _Work(setup, job.part, poison, tell, ahead, pool, encoders)
-                samples, lost = work.samples(unit)
-            write_shard(out, unit.number, setup.header, scores, digest, samples, lost)
+                work = Work(setup, job.part, poison, tell, ahead, pool, encoders)
+                if isinstance(unit, RowUnit):
+                    samples, lost = documents(work, unit)
+                else:
+                    samples, lost = work.samples(unit)
+            header, scores = setup.header, facts["scores"]
+            write_shard(out, unit.number, header, scores, digest, samples, lost)
     except OSError as error:
         raise full_disk(error, out) or error from error
     finally:
@@ -158,7 +184,7 @@ def do_unit(job: Job, step: Step, poison: Mapping[str, str], tell: Tell) -> None
 
 
 @dataclass
-class _Work:
+class Work:
     """What the clips of one unit share."""
 
     setup: Setup
@@ -227,6 +253,18 @@ class _Work:
         done = [(w, codes.result()[i].reshape(-1, *w.grid)) for w, codes, i in samples]
         return [self.sample(window, codes) for window, codes in done], lost
 
+    def give_up(self, error: BaseException) -> None:
+        """Raise what ends the run, if `error` is such and not one file's."""
+        if isinstance(error, OSError) and (full := full_disk(error, "the folder of TMPDIR")):
+            raise full
+        if isinstance(error, MemoryError):
+            raise UnimodalError(
+                "out of memory while decoding pictures: lower --workers, or batch (now "
+                f"{self.setup.settings.batch})"
+            ) from error
+        if not isinstance(error, Exception):
+            raise error
+
     def thing(self, k: int) -> str:
         """The name by which the supervisor knows clip `k` of the unit."""
         return f"{self.part}#{k}"
@@ -250,14 +288,8 @@ class _Work:
             k, last, future = waiting.popleft()
             self.tell.begin(STAGE, self.thing(k))
             got = future.result()
-            if isinstance(got, OSError) and (full := full_disk(got, "the folder of TMPDIR")):
-                raise full
-            if isinstance(got, MemoryError):
-                raise UnimodalError(
-                    "out of memory while decoding pictures: lower --workers, or batch (now "
-                    f"{self.setup.settings.batch})"
-                ) from got
             if isinstance(got, Exception):
+                self.give_up(got)
                 failed.setdefault(k, reason(got))
             if last or k in failed:
                 self.tell.done(STAGE, self.thing(k), failed.get(k, ""))
@@ -353,7 +385,7 @@ def image_pixels(window: Window, tick: Any = None) -> np.ndarray:
     from unimodal.pipeline.media import read_image
 
     with fetch.local(window.clip["uri"], keep=True, tick=tick) as path:
-        return _fit(read_image(path), window)
+        return fit(read_image(path), window)
 
 
 def video_pixels(windows: Sequence[Window], tick: Any = None) -> Iterator[np.ndarray]:
@@ -388,7 +420,7 @@ def video_pixels(windows: Sequence[Window], tick: Any = None) -> Iterator[np.nda
         for i in range(window.pictures):
             frame = next(shown)
             # A slow video shows a frame more than once; it is resized once.
-            pictures[i] = pictures[i - 1] if frame is last and i else _fit(frame, window)
+            pictures[i] = pictures[i - 1] if frame is last and i else fit(frame, window)
             last = frame
         yield pictures
 
@@ -421,7 +453,7 @@ def resample(
         yield shown
 
 
-def _fit(picture: np.ndarray, window: Window) -> np.ndarray:
+def fit(picture: np.ndarray, window: Window) -> np.ndarray:
     """Crop and resize one picture [H, W, 3] as its window says."""
     from unimodal.tokenize.vision.pixels import resize
 

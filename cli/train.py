@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,13 +12,21 @@ from unimodal.cli import options
 if TYPE_CHECKING:
     from unimodal.model.recipe import TrainSettings
 
+PLANNED = "With --plan"
+
 
 def train(
-    shards: Annotated[list[str], typer.Argument(help="Directories of shards, or '-'.")],
+    shards: Annotated[
+        list[str] | None, typer.Argument(help="Directories of shards, or '-'; --plan needs none.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Checkpoint directory.")] = Path("ckpt"),
     recipe: Annotated[
         str, typer.Option("--recipe", help="A shipped recipe, or a TOML file.", metavar="NAME|FILE")
     ] = "tiny",
+    init: Annotated[
+        Path | None,
+        typer.Option("--init", help="Weights to start from: a checkpoint, or released ones."),
+    ] = None,
     sets: options.Sets = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of every random choice.")] = None,
@@ -27,14 +35,41 @@ def train(
     ] = True,
     device: options.Device = "auto",
     plan: options.Plan = False,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", help="GPUs in all.", min=1, rich_help_panel=PLANNED)
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="a100, h100, h200, b200, l40s.", rich_help_panel=PLANNED),
+    ] = None,
+    mfu: Annotated[
+        float,
+        typer.Option(
+            "--mfu", help="Share of their peak that is assumed.", rich_help_panel=PLANNED
+        ),
+    ] = 0.4,
+    tokens: Annotated[
+        float | None,
+        typer.Option("--tokens", help="To be seen, such as 1e12.", rich_help_panel=PLANNED),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            "--length",
+            help="Tokens of a document where no shards tell (default: the context).",
+            min=1,
+            rich_help_panel=PLANNED,
+        ),
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Train a decoder-only transformer on text and vision tokens.
 
-    SIGTERM and Ctrl-C save first; the same command then goes on, with the same losses as if it
-    had not been interrupted.
+    With --init it has the shape of those weights, unless the recipe says another. SIGTERM and
+    Ctrl-C save first; the same command then goes on, with the same losses as if it had not been
+    interrupted.
     """
     from unimodal.cli import console
     from unimodal.model import train as trainer
@@ -43,12 +78,14 @@ def train(
 
     given = {"steps": steps, "seed": seed, "device": device}
     layer = {key: value for key, value in given.items() if value is not None}
-    settings = settings_from(recipe, layer, sets=sets or [])
-    sources = [Path(console.from_stdin(item)) for item in shards]
+    settings = settings_from(recipe, layer, sets=sets or [], init=init)
+    sources = [Path(console.from_stdin(item)) for item in shards or []]
     if plan:
-        _plan(sources, settings, json)
+        given = {"gpus": gpus, "gpu": gpu, "mfu": mfu, "tokens": tokens}
+        _plan(sources, settings, length, given, json)
         return
-    made = trainer.train(sources, out, settings, progress=console.progress(quiet), resume=resume)
+    drawn = console.progress(quiet)
+    made = trainer.train(sources, out, settings, init=init, progress=drawn, resume=resume)
     step = latest_step(made)
     record = {}
     if step is not None:
@@ -58,24 +95,26 @@ def train(
     console.result(out, record, json)
 
 
-def _plan(shards: list[Path], settings: TrainSettings, as_json: bool) -> None:
-    import torch
-
+def _plan(
+    shards: list[Path],
+    settings: TrainSettings,
+    length: int | None,
+    given: dict[str, Any],
+    as_json: bool,
+) -> None:
     from unimodal.cli import console
-    from unimodal.model.data import Samples, open_shards
-    from unimodal.model.decoder import Decoder, DecoderConfig, parameter_count
+    from unimodal.model.data import Loader, Samples, open_shards
+    from unimodal.model.plan import EMU3_VOCABULARY, plan
 
-    samples = Samples(open_shards(shards), settings.data.styles)
-    config = DecoderConfig(settings.decoder, samples.vocabulary.size, settings.data.context)
-    with torch.device("meta"):
-        counts = parameter_count(Decoder(config, 0))
-    tokens = settings.data.context * settings.accumulate
-    record = {
-        **{f"parameters {name}": number for name, number in counts.items()},
-        "training samples": len(samples.rows["train"]),
-        "validation samples": len(samples.rows["val"]),
-        "steps": settings.steps,
-        "tokens a step": tokens,
-        "tokens": tokens * settings.steps,
-    }
+    record: dict[str, Any] = {}
+    vocabulary, context = EMU3_VOCABULARY, settings.data.context
+    packs = [[length] * max(1, context // length)] if length else None
+    if shards:
+        samples = Samples(open_shards(shards), settings.data.styles)
+        first = Loader(samples, settings.data, settings.seed).plan
+        packs = [[document.length for document in pack] for pack in first.packs]
+        vocabulary = samples.vocabulary.size
+        record = {f"{name} samples": len(samples.rows[name]) for name in ("train", "val")}
+        record["packs filled"] = f"{first.fill(context):.1%}"
+    record |= plan(settings, vocabulary, packs, **given)
     console.plan("would train", record, as_json)

@@ -2,11 +2,13 @@
 
 Everything is a pure function of (seed, epoch, key): the order of an epoch, whether a picture is
 drawn from its caption or described by it, which caption, and whether the caption is dropped. So
-the position in the data is three numbers, a resumed run sees what the uninterrupted one would,
-and "what was in step 1234?" can be answered afterwards.
+the position in the data is three numbers for each source (a shard directory) and one for the
+pack, a resumed run sees what the uninterrupted one would, whatever the number of processes, and
+"what was in step 1234?" can be answered afterwards.
 
-Plans are made from the shards' index; codes are read when a batch is built. Building a batch of
-2,048 tokens takes 2 ms, under 1 % of a step of the smallest recipe, so there is no worker.
+Documents of all sources are mixed by weight into a window, the window is packed, and the packs
+are shuffled. Plans are made from the shards' index alone; codes and texts are read when a batch
+is built. That takes well under 1 % of a step of the smallest recipe, so there is no worker.
 """
 
 from __future__ import annotations
@@ -14,28 +16,38 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from unimodal.model.packing import best_fit
+from unimodal.model.packing import deal, pack
+from unimodal.model.samples import TASKS, Samples, draw
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.settings import Settings
-from unimodal.tokenize.document import (
-    Image,
-    Segment,
-    Video,
-    block_length,
-    generation,
-    loss_weights,
-    serialize,
-    understanding,
-)
-from unimodal.tokenize.vocabulary import Vocabulary
+from unimodal.tokenize.document import write
+
+__all__ = [
+    "KINDS",
+    "Batch",
+    "Cursor",
+    "DataSettings",
+    "Document",
+    "Loader",
+    "Plan",
+    "Samples",
+    "choose",
+    "coding",
+    "collate",
+    "draw",
+    "open_shards",
+    "plan",
+    "validation",
+]
 
 KINDS = (
     "generation/text",
@@ -43,16 +55,43 @@ KINDS = (
     "understanding/text",
     "understanding/vision",
     "structure",
+    "text",
+    "chat/text",
+    "interleaved/text",
+    "interleaved/vision",
+    "edit/text",
+    "edit/vision",
 )
-"""Kinds of target, by which losses are reported. Structure: BOI, meta, IMG, EOL, EOF and EOI."""
+"""Kinds of target, by which losses are reported. Structure: BOI, meta, IMG, EOL, EOF and EOI.
+EOS counts as text; of an edit it is all the text that is learned."""
+
+_FORMS = ("generation", "understanding", *TASKS[1:])
+_KINDS_OF = np.array(
+    [
+        [
+            KINDS.index(form if form == "text" else f"{form}/text"),
+            KINDS.index(f"{form}/vision" if f"{form}/vision" in KINDS else "structure"),
+            KINDS.index("structure"),
+        ]
+        for form in _FORMS
+    ]
+)
+"""Kind of a text, vision and structure target in documents of each form."""
 
 WINDOW = 65_536
-"""Documents that are packed together; bounds the memory and time of a plan."""
+"""Documents that are mixed and packed together; bounds the memory and time of a plan."""
+EMPTY = 100
+"""Windows in which nothing fits before a loader gives up."""
+RECENT = 1 << 22
+"""Ids of long texts that are kept: all pieces of a text are cut from one encoding of it."""
 
 
 class DataSettings(Settings):
     """How documents are made from samples."""
 
+    weights: list[float] = Field(default_factory=list)
+    """Share of the tokens that each shard directory gets, in the order they are given, whatever
+    their sum; empty: by its size. A directory's epochs are its own."""
     context: int = Field(default=4096, ge=16)
     """Tokens of one pack: the longest document, and the work of one micro-step."""
     understanding: float = Field(default=0.3, ge=0, le=1)
@@ -64,43 +103,33 @@ class DataSettings(Settings):
     """Caption styles to choose from; empty means all."""
     vision_weight: float = Field(default=0.5, ge=0)
     """Weight of a vision target where text weighs 1 (Emu3: 0.5)."""
+    caption_weight: float = Field(default=1.0, ge=0)
+    """Weight of the text of documents that draw; 0 learns the picture alone, as Emu3's quality
+    fine-tuning does."""
     described_vision_weight: float = Field(default=0.5, ge=0)
     """The same in documents that describe a picture; 0 makes the picture context only."""
+    alike: bool = False
+    """Make steps of packs whose attention costs about the same, rather than of any packs. For
+    long contexts with few packs a process, where the others wait for the one with a video."""
 
 
-class ShardsLike(Protocol):
-    """What is used of `unimodal.tokenize.shards.Shards`."""
+class Document(NamedTuple):
+    """What one sample says in one epoch, or a piece of a text."""
 
-    @property
-    def index(self) -> Any: ...
-    @property
-    def vocabulary(self) -> Vocabulary: ...
-    def codes(self, row: int) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class Row:
-    """One picture or clip of the shards."""
-
-    shards: int
     row: int
-    key: str
-    size: tuple[int, int, int]
-    """T, H, W in codes."""
-    fps: float | None
-    """None for a still image."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """What one sample says in one epoch."""
-
-    row: Row
     describes: bool
-    caption: int | None
-    """Index into the sample's captions; None: no caption."""
-    length: int
-    """Tokens that it takes in a pack: one less than its ids, as the last id predicts nothing."""
+    caption: int
+    """Which of the sample's captions; -1: none."""
+    total: int
+    """Its tokens: one less than its ids, as the last id predicts nothing."""
+    start: int
+    stop: int
+    """Which of them stand here: all, but for a text that was cut."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that it takes in a pack."""
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -132,109 +161,102 @@ class Batch:
 class Cursor:
     """Position of the next pack. All that a resumed run needs to know of the data."""
 
-    epoch: int = 0
-    window: int = 0
+    sources: tuple[tuple[int, int, int], ...] = ()
+    """Where the present window begins in each source: its epoch, how many rows of that are done,
+    and how many tokens it gave since the start. Empty: at the start."""
     pack: int = 0
+    """Packs of the window that are done."""
+
+    def __post_init__(self) -> None:  # JSON has no tuples
+        object.__setattr__(self, "sources", tuple(tuple(one) for one in self.sources))
+
+    @property
+    def epoch(self) -> int:
+        """Of the source that is furthest."""
+        return max((epoch for epoch, _, _ in self.sources), default=0)
 
 
-def draw(seed: int, epoch: int, key: str, purpose: str) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}/{purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
+def choose(
+    samples: Samples, rows: np.ndarray, epochs: int | np.ndarray, settings: DataSettings, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What samples say in an epoch: bool [N], described rather than drawn; int64 [N], by which of
+    the captions, -1 for none."""
+    keys, counts = samples.hashes[rows], samples.captions(rows)
+    describes = (draw(seed, epochs, keys, "describes") < settings.understanding) & (counts > 0)
+    captions = (draw(seed, epochs, keys, "caption") * counts).astype(np.int64)
+    dropped = draw(seed, epochs, keys, "dropout") < settings.caption_dropout
+    captions[(counts == 0) | (dropped & ~describes)] = -1
+    return describes, captions
 
 
-class Samples:
-    """The index of one or more shard directories of one vocabulary, as plain arrays."""
+@dataclass(frozen=True)
+class Source:
+    """One shard directory as a part of the mixture."""
 
-    def __init__(self, shards: Sequence[ShardsLike], styles: Sequence[str] = ()) -> None:
-        self.shards = list(shards)
-        self.vocabulary = shards[0].vocabulary
-        self._blocks: dict[tuple[tuple[int, int, int], float | None], int] = {}
-        self.rows: dict[str, list[Row]] = {"train": [], "val": []}
-        self._captions: list[tuple[np.ndarray, np.ndarray, np.ndarray, Any]] = []
-        for number, one in enumerate(self.shards):
-            index = one.index
-            self._captions.append(_captions(index, styles))
-            frames, heights, widths, rates = (
-                index.column(name).to_pylist() for name in ("frames", "height", "width", "fps")
+    number: int
+    rows: np.ndarray
+    """Its training rows."""
+    weight: float
+    tokens: int
+    """Of its first epoch."""
+
+    def rate(self) -> float:
+        """Documents for each unit of weight."""
+        return self.weight * len(self.rows) / self.tokens
+
+
+def mixture(samples: Samples, settings: DataSettings, seed: int) -> list[Source]:
+    """The sources with their weights.
+
+    Raises `UnimodalError` for weights that do not fit, no training sample, and a source of which
+    nothing fits in the context.
+    """
+    count, given = len(samples.shards), settings.weights
+    if given and (len(given) != count or min(given) <= 0):
+        raise UnimodalError(
+            f"data.weights = {given} for {count} shard directories: give each a number above 0, "
+            "and leave out a directory that should not count"
+        )
+    sources = []
+    for number, (first, behind) in enumerate(pairwise(samples.starts.tolist())):
+        rows = samples.rows["train"]
+        rows = rows[(rows >= first) & (rows < behind)]
+        if not len(rows):
+            if given:
+                raise UnimodalError(
+                    f"{samples.name(number)} has a weight in data.weights but no training sample"
+                )
+            continue
+        lengths = samples.length(rows, choose(samples, rows, 0, settings, seed)[1])
+        fits = _fits(samples, rows, lengths, settings.context)
+        if not fits.any():
+            raise UnimodalError(
+                f"nothing of {samples.name(number)} fits in data.context = {settings.context} "
+                f"tokens; the smallest needs {lengths.min()}: raise data.context"
             )
-            for row, (key, kind, split) in enumerate(
-                zip(*(index.column(n).to_pylist() for n in ("key", "kind", "split")), strict=True)
-            ):
-                size = (frames[row] or 1, heights[row], widths[row])
-                fps = rates[row] if kind == "video" else None
-                self.rows[split].append(Row(number, row, key, size, fps))
-
-    def captions(self, row: Row) -> int:
-        """How many captions a sample has."""
-        starts, _, _, _ = self._captions[row.shards]
-        return int(starts[row.row + 1] - starts[row.row])
-
-    def caption(self, row: Row, which: int) -> str:
-        """Text of a caption."""
-        starts, picked, _, texts = self._captions[row.shards]
-        return str(texts[int(picked[starts[row.row] + which])].as_py())
-
-    def document(self, row: Row, describes: bool, caption: int | None) -> Document:
-        """The document of these choices, with its length from the index alone."""
-        starts, _, tokens, _ = self._captions[row.shards]
-        text = 0 if caption is None else int(tokens[starts[row.row] + caption])
-        block = self._blocks.get((row.size, row.fps))
-        if block is None:
-            t, h, w = row.size
-            frames = None if row.fps is None else t
-            block = block_length(self.vocabulary, h, w, frames, row.fps)
-            self._blocks[row.size, row.fps] = block
-        return Document(row, describes, caption, block + text + 1)
-
-    def segments(self, document: Document) -> list[Segment]:
-        """Read the codes and the caption of a document."""
-        row = document.row
-        codes = self.shards[row.shards].codes(row.row)
-        vision = Image(codes[0]) if row.fps is None else Video(codes, row.fps)
-        text = "" if document.caption is None else self.caption(row, document.caption)
-        return (understanding if document.describes else generation)(text, vision)
+        tokens = int(lengths[fits].sum())
+        sources.append(Source(number, rows, given[number] if given else tokens, tokens))
+    if not sources:
+        raise UnimodalError(
+            "the shards hold no training sample: curate and tokenize more sources, "
+            "or lower the share that goes to the validation split"
+        )
+    return sources
 
 
-def _captions(index: Any, styles: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
-    """Flat captions of an index: starts [rows + 1], picked positions, their tokens, all texts."""
-    import pyarrow as pa
-
-    column = index.column("captions").combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # combine_chunks of an empty column stays chunked
-        column = pa.concat_arrays(column.chunks) if column.chunks else pa.array([], column.type)
-    values = column.flatten()
-    sizes = np.array([len(one) if one.is_valid else 0 for one in column], np.int64)
-    texts = values.field("text")
-    tokens = values.field("tokens").to_numpy(zero_copy_only=False).astype(np.int64)
-    kept = np.ones(len(tokens), bool)
-    if styles:
-        kept = np.isin(np.array(values.field("style").to_pylist(), object), list(styles))
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    counts = np.bincount(owner[kept], minlength=len(sizes))
-    picked = np.flatnonzero(kept)
-    return np.concatenate([[0], np.cumsum(counts)]), picked, tokens[picked], texts
-
-
-def choose(samples: Samples, row: Row, settings: DataSettings, seed: int, epoch: int) -> Document:
-    """What a sample says in an epoch: drawn or described, by which caption, or by none."""
-    count = samples.captions(row)
-    if count == 0:
-        return samples.document(row, describes=False, caption=None)
-    describes = draw(seed, epoch, row.key, "describes") < settings.understanding
-    caption: int | None = int(draw(seed, epoch, row.key, "caption") * count)
-    if not describes and draw(seed, epoch, row.key, "dropout") < settings.caption_dropout:
-        caption = None
-    return samples.document(row, describes, caption)
+def _fits(samples: Samples, rows: np.ndarray, lengths: np.ndarray, context: int) -> np.ndarray:
+    return (lengths <= context) | samples.splittable(rows)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The packs of one window of an epoch, in training order."""
+    """The packs of one window, in training order."""
 
     packs: list[list[Document]]
     skipped: int
     """Documents longer than the context: a picture is never cut."""
+    behind: tuple[tuple[int, int, int], ...]
+    """`Cursor.sources` of the next window."""
 
     def fill(self, context: int) -> float:
         """Share of the packs' room that holds tokens."""
@@ -242,21 +264,77 @@ class Plan:
         return used / max(1, len(self.packs) * context)
 
 
+def _generator(*what: object) -> np.random.Generator:
+    digest = hashlib.blake2b("/".join(map(str, what)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
 def plan(
-    samples: Samples, settings: DataSettings, seed: int, epoch: int, window: int
-) -> Plan | None:
-    """Packs of a window of the shuffled training rows; None behind the epoch's last window."""
-    rows = samples.rows["train"]
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(rows))
-    mine = order[window * WINDOW : (window + 1) * WINDOW]
-    if len(mine) == 0:
-        return None
-    documents = [choose(samples, rows[i], settings, seed, epoch) for i in mine.tolist()]
-    fitting = [document for document in documents if document.length <= settings.context]
-    packs = best_fit([document.length for document in fitting], settings.context)
-    shuffle = np.random.Generator(np.random.Philox(key=[seed, (epoch << 32) + window + 1]))
-    ordered = [packs[i] for i in shuffle.permutation(len(packs)).tolist()]
-    return Plan([[fitting[i] for i in pack] for pack in ordered], len(documents) - len(fitting))
+    samples: Samples,
+    sources: Sequence[Source],
+    settings: DataSettings,
+    seed: int,
+    positions: Sequence[tuple[int, int, int]],
+    group: int = 1,
+) -> Plan:
+    """Packs of the window that begins at `positions`, see `Cursor.sources`; `group` make a step.
+
+    Next comes always the source that is furthest behind its share of the tokens. A window ends
+    with the epoch of the largest source, or after about WINDOW documents.
+    """
+    lead = max(range(len(sources)), key=lambda number: sources[number].tokens)
+    rates = [source.rate() for source in sources]
+    left = len(sources[lead].rows) - positions[lead][1]
+    windows = -(-left // max(1, int(WINDOW * rates[lead] / sum(rates))))
+    count = -(-left // windows)
+    taken: list[tuple[np.ndarray, ...]] = []
+    for number, (epoch, done, tokens) in enumerate(positions):
+        source, some = sources[number], count
+        if number != lead:  # more than its part, as the window ends when a source has no more
+            some = min(int(1.25 * count * rates[number] / rates[lead]) + 64, WINDOW)
+        at = done + np.arange(some)
+        epochs = epoch + at // len(source.rows)
+        orders = [
+            _generator(seed, "order", source.number, one).permutation(len(source.rows))
+            for one in range(epoch, int(epochs[-1]) + 1)
+        ]
+        rows = source.rows[np.concatenate(orders)[at]]
+        describes, captions = choose(samples, rows, epochs, settings, seed)
+        lengths = samples.length(rows, captions)
+        fits = _fits(samples, rows, lengths, settings.context)
+        begins = tokens + np.concatenate([[0], np.cumsum(lengths * fits)])
+        taken.append((rows, describes, captions, lengths, fits, begins))
+    clocks = [one[-1] / source.weight for one, source in zip(taken, sources, strict=True)]
+    end = min(clock[-1] for clock in clocks)
+    kept, behind, skipped = [], [], 0
+    for source, (*columns, fits, begins), clock, (epoch, done, _) in zip(
+        sources, taken, clocks, positions, strict=True
+    ):
+        stop = len(fits) if clock[-1] == end else int(np.searchsorted(clock[:-1], end))
+        more, done = divmod(done + stop, len(source.rows))
+        behind.append((epoch + more, done, int(begins[stop])))
+        on = np.flatnonzero(fits[:stop])
+        skipped += stop - len(on)
+        kept.append([column[on] for column in (clock, *columns)])
+    clock, rows, describes, captions, lengths = (
+        np.concatenate(column) for column in zip(*kept, strict=True)
+    )
+    order = np.argsort(clock, kind="stable")
+    packs = _packed(
+        samples, settings, rows[order], describes[order], captions[order], lengths[order]
+    )
+    shuffle = _generator(seed, "packs", *positions[lead][:2])
+    shuffled = [packs[i] for i in shuffle.permutation(len(packs)).tolist()]
+    if settings.alike:  # in steps of packs that cost the same, the steps in any order
+        shuffled.sort(key=_cost)
+        steps = [shuffled[i : i + group] for i in range(0, len(shuffled), group)]
+        shuffled = [one for i in shuffle.permutation(len(steps)).tolist() for one in steps[i]]
+    return Plan(shuffled, skipped, tuple(behind))
+
+
+def _cost(documents: Sequence[Document]) -> int:
+    """Of attention, which is within documents."""
+    return sum(document.length**2 for document in documents)
 
 
 def collate(samples: Samples, documents: Sequence[Document], settings: DataSettings) -> Batch:
@@ -264,46 +342,58 @@ def collate(samples: Samples, documents: Sequence[Document], settings: DataSetti
 
     Raises `UnimodalError` if a document is not as long as the index says.
     """
-    vocabulary = samples.vocabulary
-    ids, targets, weights, kinds = [], [], [], []
+    ids, targets, weights = [], [], []
     for document in documents:
-        whole = serialize(samples.segments(document), vocabulary)
-        if len(whole) - 1 != document.length:
-            raise UnimodalError(
-                f"sample {document.row.key} has {len(whole)} ids where the index of its shards "
-                f"says {document.length + 1}: run tokenize again"
-            )
-        vision = settings.described_vision_weight if document.describes else settings.vision_weight
+        whole, weight = _read(samples, document, settings)
         # A document's last id is a target only, its first one an input only: no token of one
         # document ever predicts a token of the next.
-        ids.append(whole[:-1])
-        targets.append(whole[1:])
-        weight = loss_weights(whole, vocabulary, vision)[1:]
-        if document.caption is None:
-            # Up to its EOS this is how a document that describes begins. Learning EOS here would
-            # teach that a picture has no description, and greedy decoding would give none.
-            weight[-1] = 0
-        weights.append(weight)
-        kinds.append(_kinds(whole[1:], vocabulary, document.describes))
-    lengths = [len(one) for one in ids]
+        ids.append(whole[document.start : document.stop])
+        targets.append(whole[document.start + 1 : document.stop + 1])
+        weights.append(weight[document.start + 1 : document.stop + 1])
+    lengths = [document.length for document in documents]
+    tasks = samples.tasks[[document.row for document in documents]].astype(np.int64)
+    described = np.array([document.describes for document in documents])
+    forms = np.where(tasks == 0, described, tasks + 1)
+    target, weight = np.concatenate(targets), np.concatenate(weights)
+    kinds = _KINDS_OF[np.repeat(forms, lengths), samples.classes(target)]
+    if settings.caption_weight != 1:
+        weight[kinds == KINDS.index("generation/text")] *= settings.caption_weight
+    starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
     return Batch(
         ids=torch.from_numpy(np.concatenate(ids)),
-        targets=torch.from_numpy(np.concatenate(targets)),
-        weights=torch.from_numpy(np.concatenate(weights)),
-        kinds=torch.from_numpy(np.concatenate(kinds)),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
+        targets=torch.from_numpy(target),
+        weights=torch.from_numpy(weight),
+        kinds=torch.from_numpy(kinds),
+        positions=torch.from_numpy(np.arange(len(target)) - starts),
         lengths=lengths,
-        keys=[document.row.key for document in documents],
+        keys=[samples.key(document.row) for document in documents],
     )
 
 
-def _kinds(targets: np.ndarray, vocabulary: Vocabulary, describes: bool) -> np.ndarray:
-    """Index into KINDS of each target: codes are vision, block syntax is structure."""
-    block = np.cumsum(targets == vocabulary.boi) > np.cumsum(targets == vocabulary.eoi)
-    kinds = np.full(len(targets), 2 if describes else 0)
-    kinds[block | (targets == vocabulary.eoi)] = KINDS.index("structure")
-    kinds[vocabulary.is_vision(targets)] = 3 if describes else 1
-    return kinds.astype(np.int64)
+def _read(
+    samples: Samples, document: Document, settings: DataSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a whole document, int64 [S], and their weights as targets, float32 [S]."""
+    row, recent = document.row, samples.recent
+    if row in recent:
+        return recent[row]
+    vision = settings.described_vision_weight if document.describes else settings.vision_weight
+    parts = samples.parts(row, document.describes, document.caption)
+    ids, weights = write(parts, samples.vocabulary, vision)
+    if len(ids) - 1 != document.total:
+        raise UnimodalError(
+            f"sample {samples.key(row)} has {len(ids)} ids where the index of its shards "
+            f"says {document.total + 1}: run tokenize again"
+        )
+    if document.caption < 0 and samples.tasks[row] == 0:
+        # Up to its EOS this is how a document that describes begins. Learning EOS here would
+        # teach that a picture has no description, and greedy decoding would give none.
+        weights[-1] = 0
+    if document.length < document.total:
+        while recent and sum(len(one) for one, _ in recent.values()) + len(ids) > RECENT:
+            del recent[next(iter(recent))]
+        recent[row] = ids, weights
+    return ids, weights
 
 
 class Loader:
@@ -312,39 +402,30 @@ class Loader:
     def __init__(
         self, samples: Samples, settings: DataSettings, seed: int, cursor: Cursor | None = None
     ) -> None:
+        """Raises `UnimodalError` as `mixture` does, and for a cursor in other shards."""
         self.samples = samples
         self.settings = settings
         self.seed = seed
-        self.cursor = cursor or Cursor()
+        self.sources = mixture(samples, settings, seed)
+        start = ((0, 0, 0),) * len(self.sources)
+        self.cursor = replace(cursor or Cursor(), sources=(cursor and cursor.sources) or start)
         """Position of the next pack: save it with the model."""
-        self._planned: tuple[int, int] | None = None
-        self._plan = Plan([], 0)
-        self._check()
-
-    def _check(self) -> None:
-        rows = self.samples.rows["train"]
-        if not rows:
+        if len(self.cursor.sources) != len(self.sources):
             raise UnimodalError(
-                "the shards hold no training sample: curate and tokenize more sources, "
-                "or lower the share that goes to the validation split"
+                f"the position is in {len(self.cursor.sources)} shard directories, not in "
+                f"{len(self.sources)}: give those that the run began with"
             )
-        if not self._at(replace(self.cursor, window=0, pack=0)).packs:
-            smallest = min(self.samples.document(row, False, None).length for row in rows)
-            raise UnimodalError(
-                f"no picture fits in data.context = {self.settings.context} tokens; "
-                f"the smallest needs {smallest}: raise data.context"
-            )
+        self._planned: tuple[object, int] = (None, 0)
+        self._plan = Plan([], 0, ())
+        self._group = 1
 
     @property
     def plan(self) -> Plan:
         """The plan of the cursor's window."""
-        return self._at(self.cursor)
-
-    def _at(self, cursor: Cursor) -> Plan:
-        if self._planned != (cursor.epoch, cursor.window):
-            made = plan(self.samples, self.settings, self.seed, cursor.epoch, cursor.window)
-            self._plan = made or Plan([], 0)
-            self._planned = (cursor.epoch, cursor.window)
+        at = self.cursor.sources, self._group
+        if self._planned != at:
+            self._planned = at
+            self._plan = plan(self.samples, self.sources, self.settings, self.seed, *at)
         return self._plan
 
     def __iter__(self) -> Iterator[Batch]:
@@ -352,27 +433,62 @@ class Loader:
 
     def __next__(self) -> Batch:
         """Build the pack at the cursor and move on."""
-        while self.cursor.pack >= len(self.plan.packs):
-            windows = -(-len(self.samples.rows["train"]) // WINDOW)
-            epoch, window = divmod(self.cursor.epoch * windows + self.cursor.window + 1, windows)
-            self.cursor = Cursor(epoch, window, 0)
-        documents = self.plan.packs[self.cursor.pack]
-        self.cursor = replace(self.cursor, pack=self.cursor.pack + 1)
-        return collate(self.samples, documents, self.settings)
+        return self.step(1)[0]
+
+    def step(self, packs: int, rank: int = 0, world: int = 1) -> list[Batch]:
+        """This rank's packs of the next optimizer step, which has `packs` over all ranks.
+
+        Every rank moves the cursor alike, and gets as many packs; dealt so that all have about
+        as much attention to compute. Raises `ValueError` if `packs` is no multiple of `world`.
+        """
+        self._group = packs if self.settings.alike else 1
+        chosen = [self._take() for _ in range(packs)]
+        mine = deal([_cost(one) for one in chosen], world)[rank]
+        return [collate(self.samples, chosen[i], self.settings) for i in mine]
+
+    def _take(self) -> list[Document]:
+        for _ in range(EMPTY):
+            if self.cursor.pack < len(self.plan.packs):
+                documents = self.plan.packs[self.cursor.pack]
+                self.cursor = replace(self.cursor, pack=self.cursor.pack + 1)
+                return documents
+            self.cursor = Cursor(self.plan.behind, 0)
+        raise UnimodalError(
+            f"nothing fits in data.context = {self.settings.context} tokens any more: raise it"
+        )
 
 
 def validation(samples: Samples, settings: DataSettings, limit: int) -> list[Batch]:
-    """Packs of the first `limit` validation samples, each both drawn and described."""
-    documents = []
-    for row in samples.rows["val"][:limit]:
-        caption = 0 if samples.captions(row) else None
-        tasks = (False, True) if caption is not None else (False,)
-        documents += [samples.document(row, describes, caption) for describes in tasks]
-    documents = [d for d in documents if d.length <= settings.context]
-    packs = best_fit([d.length for d in documents], settings.context)
+    """Packs of the first `limit` validation samples, captioned ones both drawn and described."""
+    rows = samples.rows["val"][:limit]
+    rows = np.repeat(rows, 1 + (samples.captions(rows) > 0))
+    describes = np.diff(rows, prepend=-1) == 0
+    captions = np.where(samples.captions(rows) > 0, 0, -1)
+    lengths = samples.length(rows, captions)
+    on = _fits(samples, rows, lengths, settings.context)
+    chosen = _packed(samples, settings, rows[on], describes[on], captions[on], lengths[on])
     # Every target counts here, also of pictures that training takes as context only.
-    plain = settings.model_copy(update={"described_vision_weight": settings.vision_weight or 1.0})
-    return [collate(samples, [documents[i] for i in pack], plain) for pack in packs]
+    plain = {"described_vision_weight": settings.vision_weight or 1.0, "caption_weight": 1.0}
+    return [collate(samples, one, settings.model_copy(update=plain)) for one in chosen]
+
+
+def _packed(
+    samples: Samples,
+    settings: DataSettings,
+    rows: np.ndarray,
+    describes: np.ndarray,
+    captions: np.ndarray,
+    lengths: np.ndarray,
+) -> list[list[Document]]:
+    columns = [column.tolist() for column in (rows, describes, captions, lengths)]
+    whole = [
+        Document(row, described, caption, total, 0, total)
+        for row, described, caption, total in zip(*columns, strict=True)
+    ]
+    return [
+        [whole[i]._replace(start=start, stop=stop) for i, start, stop in one]
+        for one in pack(lengths, settings.context, samples.splittable(rows))
+    ]
 
 
 def open_shards(paths: Sequence[Path]) -> list[Any]:

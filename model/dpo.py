@@ -40,7 +40,7 @@ from unimodal.model.data import KINDS, Batch, DataSettings
 from unimodal.model.decoder import Decoder
 from unimodal.model.loss import LossByKind, weighted_cross_entropy
 from unimodal.model.naming import read_json
-from unimodal.model.packing import best_fit
+from unimodal.model.packing import pack
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.settings import Settings
@@ -268,9 +268,9 @@ class Pairs:
         if self._planned[0] != epoch:
             shuffle = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
             order = shuffle.permutation(len(self.fitting))
-            packs = best_fit(self.lengths[order], self.context)
-            chosen = [packs[i] for i in shuffle.permutation(len(packs)).tolist()]
-            self._planned = epoch, [self.fitting[order[pack]].tolist() for pack in chosen]
+            packs = pack(self.lengths[order], self.context)
+            chosen = [[pair for pair, _, _ in packs[i]] for i in shuffle.permutation(len(packs))]
+            self._planned = epoch, [self.fitting[order[pairs]].tolist() for pairs in chosen]
         return self._planned[1]
 
     def step(self, packs: int, rank: int = 0, world: int = 1) -> list[Batch]:

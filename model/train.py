@@ -35,7 +35,6 @@ from unimodal.model.data import (
     Loader,
     Samples,
     coding,
-    draw,
     open_shards,
     validation,
 )
@@ -45,6 +44,7 @@ from unimodal.model.loss import LossByKind, weighted_cross_entropy
 from unimodal.model.optim import optimizers
 from unimodal.model.parallel import Mesh, joined
 from unimodal.model.recipe import MAY_CHANGE, RECIPES, TrainSettings, learning_rate
+from unimodal.model.samples import draw, hashed
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
@@ -230,7 +230,7 @@ class _Run:
         settings, clock, decoder = self.settings, self.clock, self.learners.decoder
         device = decoder.lm_head.weight.device
         if settings.decoder.dropout:
-            torch.manual_seed(int(draw(settings.seed, clock.step, "", "dropout") * 2**63))
+            torch.manual_seed(int(draw(settings.seed, clock.step, hashed(""), "dropout")[0] * 2**63))
         decoder.train()
         batches = [next(self.loader).to(device) for _ in range(settings.accumulate)]
         weight = sum(float(batch.weights.sum()) for batch in batches)  # of the whole step
@@ -296,7 +296,7 @@ class _Run:
         samples = self.loader.samples
         prompts = list(self.settings.log.sample_prompts)
         for split in ("train", "val") if not prompts else ():
-            rows = [row for row in samples.rows[split] if samples.captions(row)][:4]
+            rows = [row for row in samples.rows[split].tolist() if samples.captions(row)][:4]
             prompts += [samples.caption(row, 0) for row in rows]
         sampler = Sampler.for_checkpoint(self.out, self.learners.average.model.eval())
         pictures = sampler.images(prompts, seed=self.settings.seed)
@@ -363,19 +363,11 @@ def _loss(decoder: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:
     """What a checkpoint must remember of its data."""
-    grids: dict[tuple[str, tuple[int, int, int], float | None], int] = {}
-    for row in samples.rows["train"]:
-        key = ("image" if row.fps is None else "video", row.size, row.fps)
-        grids[key] = grids.get(key, 0) + 1
-    common = sorted(grids.items(), key=lambda item: (-item[1], str(item[0])))[:64]
     return {
         "vision_tokenizer": coding(opened[0].manifest),
         "vocabulary": dict(opened[0].manifest["vocabulary"]),
         "samples": {split: len(rows) for split, rows in samples.rows.items()},
-        "grids": [
-            {"kind": kind, "size": list(size), "fps": fps, "samples": count}
-            for (kind, size, fps), count in common
-        ],
+        "grids": samples.grids(),
     }
 
 

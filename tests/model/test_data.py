@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,21 +12,34 @@ import numpy as np
 import pytest
 import torch
 
+from unimodal.model import data
 from unimodal.model.data import (
     KINDS,
     Batch,
+    Cursor,
     DataSettings,
     Loader,
     Samples,
     choose,
-    draw,
     open_shards,
-    plan,
     validation,
 )
+from unimodal.model.samples import draw, hashed
 from unimodal.pipeline.errors import UnimodalError
-from unimodal.tokenize.document import Image, Text, Video, parse
-from unimodal.tokenize.shards import Shards
+from unimodal.tokenize.document import (
+    Image,
+    Piece,
+    Text,
+    Video,
+    compose,
+    generation,
+    loss_weights,
+    parse,
+    serialize,
+    understanding,
+    write,
+)
+from unimodal.tokenize.shards import Sample, Shards, ShardWriter
 from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 from unimodal.tokenize.vocabulary import Vocabulary
@@ -109,21 +124,20 @@ def test_a_dropped_caption_never_teaches_that_a_picture_has_no_description(
 def test_an_epoch_holds_every_training_sample_once_and_no_validation_sample(
     tiny_shards: Shards,
 ) -> None:
-    made = plan(Samples([tiny_shards]), SETTINGS, seed=0, epoch=3, window=0)
-    assert made is not None and made.skipped == 0
-    keys = sorted(document.row.key for pack in made.packs for document in pack)
+    loader = Loader(Samples([tiny_shards]), SETTINGS, 0, Cursor(((3, 0, 0),)))
+    assert loader.plan.skipped == 0
+    keys = sorted(loader.samples.key(d.row) for pack in loader.plan.packs for d in pack)
     assert keys == [f"key{i:04d}" for i in range(11) if i not in (8, 9)]
+    assert loader.plan.behind[0][:2] == (4, 0)
 
 
 def test_order_and_choices_depend_on_seed_and_epoch_alone(tiny_shards: Shards) -> None:
-    def keys(seed: int, epoch: int) -> list[tuple[str, bool, int | None]]:
-        made = plan(Samples([tiny_shards]), SETTINGS, seed, epoch, 0)
-        assert made is not None
-        return [(d.row.key, d.describes, d.caption) for pack in made.packs for d in pack]
+    def said(seed: int, epoch: int) -> list[object]:
+        return Loader(Samples([tiny_shards]), SETTINGS, seed, Cursor(((epoch, 0, 0),))).plan.packs
 
-    assert keys(0, 1) == keys(0, 1)
-    assert keys(0, 1) != keys(0, 2)
-    assert keys(0, 1) != keys(1, 1)
+    assert said(0, 1) == said(0, 1)
+    assert said(0, 1) != said(0, 2)
+    assert said(0, 1) != said(1, 1)
 
 
 def test_a_loader_at_a_saved_cursor_goes_on_as_the_first_would(tiny_shards: Shards) -> None:
@@ -131,7 +145,8 @@ def test_a_loader_at_a_saved_cursor_goes_on_as_the_first_would(tiny_shards: Shar
     first = Loader(samples, SETTINGS, 5)
     for _ in range(7):  # more than an epoch of packs
         next(first)
-    second = Loader(samples, SETTINGS, 5, first.cursor)
+    second = Loader(samples, SETTINGS, 5, Cursor(**json.loads(json.dumps(asdict(first.cursor)))))
+    assert first.cursor == second.cursor and first.cursor.epoch > 0
     for _ in range(7):
         a, b = next(first), next(second)
         assert a.keys == b.keys
@@ -139,12 +154,17 @@ def test_a_loader_at_a_saved_cursor_goes_on_as_the_first_would(tiny_shards: Shar
 
 
 def test_shares_of_describing_and_of_dropped_captions_are_as_set() -> None:
-    keys = [f"key{i}" for i in range(4000)]
-    draws = np.array([draw(0, 0, key, "describes") for key in keys])
+    keys = np.array([hashed(f"key{i}") for i in range(4000)], np.uint64)
+    draws = draw(0, 0, keys, "describes")
     assert draws.min() >= 0 and draws.max() < 1
     assert np.mean(draws < 0.3) == pytest.approx(0.3, abs=0.03)
-    other = np.array([draw(0, 0, key, "dropout") for key in keys])
-    assert abs(np.corrcoef(draws, other)[0, 1]) < 0.05
+    for other in (draw(0, 0, keys, "dropout"), draw(0, 1, keys, "describes")):
+        assert abs(np.corrcoef(draws, other)[0, 1]) < 0.05
+    for number in (0, 7):  # one at a time or all at once, each with its epoch
+        assert (
+            draw(0, number, keys[number], "dropout")
+            == draw(0, np.arange(4000), keys, "dropout")[number]
+        )
 
 
 def test_a_sample_without_captions_is_drawn_unconditionally(
@@ -152,18 +172,18 @@ def test_a_sample_without_captions_is_drawn_unconditionally(
 ) -> None:
     shards = make_shards(tmp_path / "s", [np.zeros((1, 2, 2), int)], [[]])
     samples = Samples([shards])
-    document = choose(samples, samples.rows["train"][0], SETTINGS, 0, 0)
-    assert not document.describes and document.caption is None
+    describes, captions = choose(samples, samples.rows["train"], 0, SETTINGS, 0)
+    assert not describes.any() and captions.tolist() == [-1]
     batch = next(Loader(samples, SETTINGS, 0))
     assert int(batch.ids[1]) == shards.vocabulary.boi
 
 
 def test_a_picture_longer_than_the_context_is_skipped_and_counted(tiny_shards: Shards) -> None:
     settings = DataSettings(context=41)  # the clip and the longer captions do not fit
-    made = plan(Samples([tiny_shards]), settings, 0, 0, 0)
-    assert made is not None
+    made = Loader(Samples([tiny_shards]), settings, 0).plan
     assert made.skipped > 0
-    assert all(d.length <= 41 for pack in made.packs for d in pack)
+    assert sum(map(len, made.packs)) + made.skipped == 9
+    assert all(d.length == d.total <= 41 for pack in made.packs for d in pack)
     with pytest.raises(UnimodalError, match=r"data.context = 16 tokens; the smallest needs \d+"):
         Loader(Samples([tiny_shards]), DataSettings(context=16), 0)
 
@@ -185,7 +205,10 @@ def test_an_index_that_disagrees_with_its_captions_is_named(tiny_shards: Shards)
     place = tiny_shards.index.schema.get_field_index("captions")
     field = tiny_shards.index.schema.field(place)
     index = tiny_shards.index.set_column(place, field, pa.array(longer, field.type))
-    fake = SimpleNamespace(index=index, vocabulary=tiny_shards.vocabulary, codes=tiny_shards.codes)
+    shards = tiny_shards
+    fake = SimpleNamespace(
+        index=index, vocabulary=shards.vocabulary, codes=shards.codes, segments=shards.segments
+    )
     with pytest.raises(UnimodalError, match="run tokenize again"):
         for _ in range(3):
             next(Loader(Samples([fake]), SETTINGS, 0))
@@ -223,3 +246,280 @@ def test_shards_whose_codes_mean_something_else_do_not_mix(
     for name in ("joint", "other"):
         with pytest.raises(UnimodalError, match="different vision tokenizers"):
             open_shards([tmp_path / "plain", tmp_path / name])
+
+
+# Documents of several pieces, sources, steps
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory, tokenizer: VisionTokenizer) -> Shards:
+    """Texts of 1 to 400 bytes, and 3 of each other task."""
+    rng = np.random.default_rng(0)
+    vocabulary = Vocabulary.bytes(tokenizer.codebook_size)
+    words = ("a cat sat", "on the mat", "in the sun")
+
+    def picture() -> Image:
+        return Image(rng.integers(0, tokenizer.codebook_size, (2, 3)))
+
+    tasks: list[tuple[str, list[Piece]]] = [
+        ("text", [Piece(Text("x" * int(size)))]) for size in rng.integers(1, 400, 20)
+    ]
+    for word in words:
+        asked = Piece(Text(f"what is {word}?"), "user")
+        tasks += [
+            ("chat", [Piece(picture(), "user"), asked, Piece(Text(word), "assistant")] * 2),
+            ("interleaved", [Piece(Text(word)), Piece(picture()), Piece(Text(word))]),
+            (
+                "edit",
+                [
+                    Piece(picture(), "source"),
+                    Piece(Text(word), "instruction"),
+                    Piece(picture(), "result"),
+                ],
+            ),
+        ]
+    writer = ShardWriter(tmp_path_factory.mktemp("documents"), tokenizer, vocabulary, {})
+    samples = [
+        Sample(
+            key=f"doc{number:03d}",
+            uid=f"doc{number:03d}",
+            kind="document",
+            codes=None,
+            split="val" if number % 10 == 9 else "train",
+            source_sha256="0" * 64,
+            task=task,
+            pieces=pieces,
+            tokens=[
+                len(vocabulary.text.encode(piece.segment.text))
+                if isinstance(piece.segment, Text)
+                else None
+                for piece in pieces
+            ],
+        )
+        for number, (task, pieces) in enumerate(tasks)
+    ]
+    writer.write(0, "unit", samples)
+    return writer.finish(1)
+
+
+def test_ids_and_weights_are_those_of_the_documents(tiny_shards: Shards, documents: Shards) -> None:
+    settings = DataSettings(context=700, caption_dropout=0.0, described_vision_weight=0.25)
+    samples = Samples([tiny_shards, documents])
+    loader = Loader(samples, settings, 0)
+    rows = {samples.key(row): row for row in range(len(samples.tasks))}
+    seen = set()
+    for _ in range(12):
+        batch = next(loader)
+        kinds = batch.kinds.split(batch.lengths)
+        for key, found, kind in zip(batch.keys, _documents(batch), kinds, strict=True):
+            row = rows[key] - int(samples.starts[1])
+            ids, weights = None, None
+            if row >= 0:
+                task = str(documents.index["task"][row])
+                ids, weights = write(
+                    compose(task, documents.segments(row)), documents.vocabulary, 0.5
+                )
+            else:
+                seen.add("caption")
+                codes = tiny_shards.codes(row + len(tiny_shards))
+                vision = Image(codes[0]) if len(codes) == 1 else Video(codes, 6.0)
+                captions = tiny_shards.index["captions"][row + len(tiny_shards)].as_py()
+                for caption in captions:
+                    for make, weight in ((generation, 0.5), (understanding, 0.25)):
+                        one = serialize(make(caption["text"], vision), tiny_shards.vocabulary)
+                        if np.array_equal(one[:-1], found[0]):
+                            ids, weights = one, loss_weights(one, tiny_shards.vocabulary, weight)
+            assert ids is not None and weights is not None
+            assert np.array_equal(found[0], ids[:-1]) and np.array_equal(found[1], ids[1:])
+            assert np.array_equal(found[2], weights[1:])
+            if row >= 0:
+                seen.add(task)
+                names = {KINDS[k] for k in kind[found[2] > 0].tolist()}
+                wanted = {
+                    "text": {"text"},
+                    "chat": {"chat/text"},
+                    "interleaved": {"interleaved/text", "interleaved/vision", "structure"},
+                    "edit": {"edit/text", "edit/vision", "structure"},
+                }
+                assert names == wanted[task]
+    assert seen == {"caption", "text", "chat", "interleaved", "edit"}
+
+
+def test_caption_weight_0_learns_the_picture_alone(tiny_shards: Shards) -> None:
+    settings = DataSettings(context=128, caption_weight=0.0, understanding=0.0)
+    batch = next(Loader(Samples([tiny_shards]), settings, 0))
+    names = np.array(KINDS)[batch.kinds.numpy()]
+    assert set(names[batch.weights.numpy() > 0]) == {"generation/vision", "structure"}
+
+
+def test_long_texts_are_cut_without_losing_or_doubling_a_target(documents: Shards) -> None:
+    samples = Samples([documents])
+    loader = Loader(samples, DataSettings(context=150), 0)
+    rows = samples.rows["train"]
+    chats = (samples.lengths[rows] > 150) & ~samples.splittable(rows)
+    assert loader.plan.skipped == chats.sum() > 0
+    pieces: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+    for one in loader.plan.packs:
+        batch = data.collate(samples, one, loader.settings)
+        for document, (ids, targets, _) in zip(one, _documents(batch), strict=True):
+            told = (document.start, ids.numpy(), targets.numpy())
+            pieces.setdefault(samples.key(document.row), []).append(told)
+    lengths = set()
+    for row, task in enumerate(documents.index["task"].to_pylist()):
+        key = samples.key(row)
+        if key not in pieces:  # of the validation split, or skipped
+            continue
+        pieces[key].sort(key=lambda piece: piece[0])
+        lengths.add(len(pieces[key]))
+        whole, _ = write(compose(task, documents.segments(row)), documents.vocabulary, 0.5)
+        assert np.array_equal(np.concatenate([ids for _, ids, _ in pieces[key]]), whole[:-1])
+        assert np.array_equal(np.concatenate([ids for _, _, ids in pieces[key]]), whole[1:])
+        assert len(pieces[key]) == 1 or task == "text"
+    assert {1, 2, 3} <= lengths
+
+
+def test_sources_get_their_weight_in_tokens_and_keep_epochs_of_their_own(
+    tiny_shards: Shards, documents: Shards
+) -> None:
+    settings = DataSettings(context=700, weights=[1.0, 3.0])
+    loader = Loader(Samples([tiny_shards, documents]), settings, 0)
+    border, tokens, rows = int(loader.samples.starts[1]), [0, 0], []
+    while loader.cursor.epoch < 12:
+        for document in loader._take():
+            tokens[document.row >= border] += document.length
+            rows.append(document.row)
+    assert tokens[1] / sum(tokens) == pytest.approx(0.75, abs=0.02)
+    (one, _, _), (other, _, _) = loader.cursor.sources
+    assert 0 < min(one, other) < max(one, other)
+    # A row comes again only when all the others of its source have come as often, but for the
+    # window that is under way.
+    for source, epochs in ((range(border), one), (range(border, len(loader.samples.tasks)), other)):
+        counts = [rows.count(row) for row in source if row in loader.samples.rows["train"]]
+        assert set(counts) <= {epochs - 1, epochs, epochs + 1}
+
+
+def test_every_world_size_sees_the_same_packs_and_resumes_at_another(
+    tiny_shards: Shards, documents: Shards
+) -> None:
+    samples, settings = Samples([tiny_shards, documents]), DataSettings(context=256)
+
+    def steps(count: int, world: int, cursor: Cursor) -> tuple[list[list[list[str]]], Cursor]:
+        """Packs of each step, as the sorted keys of all ranks; and where it ended."""
+        loaders = [Loader(samples, settings, 0, cursor) for _ in range(world)]
+        found = []
+        for _ in range(count):
+            batches = [one.step(8, rank, world) for rank, one in enumerate(loaders)]
+            assert {len(mine) for mine in batches} == {8 // world}
+            found.append(sorted(batch.keys for mine in batches for batch in mine))
+            assert len({one.cursor for one in loaders}) == 1
+        return found, loaders[0].cursor
+
+    alone, end = steps(6, 1, Cursor())
+    assert end.epoch > 0
+    for first, then in ((2, 4), (4, 1), (1, 2)):
+        begun, cursor = steps(3, first, Cursor())
+        rest, last = steps(3, then, cursor)
+        assert begun + rest == alone and last == end
+
+
+@pytest.mark.parametrize(("alike", "each", "least"), [(False, 8, 0.85), (True, 1, 0.95)])
+def test_ranks_have_as_much_attention_to_compute(alike: bool, each: int, least: float) -> None:
+    # 131,072 tokens a pack, a twentieth of them video; a stand-in for the shards of so much.
+    # Beside it each pack costs an 8B decoder its matrix products: as much as 64,850 T of len^2.
+    rng, ranks, context = np.random.default_rng(0), 64, 131_072
+    sizes = np.concatenate([[124_840] * 40, rng.choice([4171, 8201], 16_000)])
+    samples = _lengths_alone(sizes)
+    settings = DataSettings(context=context, alike=alike)
+    loader = Loader(samples, settings, 0)
+    loader._group = each * ranks
+    packs = loader.plan.packs
+    shares = []
+    for at in range(0, len(packs) - each * ranks + 1, each * ranks):
+        costs = [data._cost(one) for one in packs[at : at + each * ranks]]
+        loads = [sum(costs[i] for i in hand) for hand in data.deal(costs, ranks)]
+        same = 64_850 * context * each
+        shares.append((np.mean(loads) + same) / (max(loads) + same))
+    assert np.mean(shares) >= least
+
+
+def _lengths_alone(sizes: np.ndarray) -> Samples:
+    samples = object.__new__(Samples)
+    count = len(sizes)
+    samples.shards = [SimpleNamespace(path="sizes")]
+    samples.lengths, samples.tasks = sizes, np.zeros(count, np.uint8)
+    samples.hashes, samples.starts = np.arange(count, dtype=np.uint64), np.array([0, count])
+    samples._first, samples._tokens = np.zeros(count + 1, np.int64), np.zeros(0, np.int64)
+    samples.rows = {"train": np.arange(count), "val": np.arange(0)}
+    return samples
+
+
+def test_windows_share_out_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "WINDOW", 300)
+    loader = Loader(_lengths_alone(np.arange(1000) % 50 + 1), DataSettings(context=64), 0)
+    rows: list[int] = []
+    sizes = []
+    while loader.cursor.epoch == 0:
+        documents = [document for one in loader.plan.packs for document in one]
+        rows += [document.row for document in documents]
+        sizes.append(len(documents))
+        loader.cursor = Cursor(loader.plan.behind)
+    assert sizes == [250] * 4
+    assert sorted(rows) == list(range(1000))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], r"data.weights = \[1.0\] for 2 shard directories"),
+        ([1.0, 0.0], r"give each a number above 0"),
+    ],
+)
+def test_weights_that_make_no_mixture_are_one_clear_line(
+    tiny_shards: Shards, documents: Shards, weights: list[float], message: str
+) -> None:
+    with pytest.raises(UnimodalError, match=message):
+        Loader(Samples([tiny_shards, documents]), DataSettings(weights=weights), 0)
+
+
+def test_no_shards_no_samples_and_other_shards_are_one_clear_line(
+    tmp_path: Path, tiny_shards: Shards, make_shards: Callable[..., Shards]
+) -> None:
+    with pytest.raises(UnimodalError, match="no shards given"):
+        open_shards([])
+    only = make_shards(tmp_path / "val", [np.zeros((1, 2, 2), int)], [["a"]], val=(0,))
+    with pytest.raises(UnimodalError, match="no training sample"):
+        Loader(Samples([only]), SETTINGS, 0)
+    with pytest.raises(UnimodalError, match=r"val has a weight in data\.weights but no training"):
+        Loader(Samples([tiny_shards, only]), DataSettings(context=128, weights=[1.0, 1.0]), 0)
+    with pytest.raises(UnimodalError, match="the position is in 2 shard directories, not in 1"):
+        Loader(Samples([tiny_shards]), SETTINGS, 0, Cursor(((0, 0, 0), (0, 0, 0))))
+
+
+def test_plain_webdataset_reads_captions_and_documents(
+    tiny_shards: Shards, documents: Shards
+) -> None:
+    import io
+
+    import webdataset
+
+    def read(shards: Shards) -> list[dict[str, bytes]]:
+        urls = [str(shards.path / shard["name"]) for shard in shards.manifest["shards"]]
+        return list(webdataset.WebDataset(urls, shardshuffle=False))
+
+    for row, sample in enumerate(read(tiny_shards)):
+        assert sample["__key__"] == str(tiny_shards.index["key"][row])
+        codes = np.load(io.BytesIO(sample["vision.npy"]), allow_pickle=False)
+        assert np.array_equal(codes, tiny_shards.codes(row))
+        assert json.loads(sample["json"])["captions"] == tiny_shards.index["captions"][row].as_py()
+    for row, sample in enumerate(read(documents)):
+        said = json.loads(sample["json"])
+        assert said["task"] == str(documents.index["task"][row])
+        vision = 0
+        for number, piece in enumerate(documents.segments(row)):
+            if isinstance(piece.segment, Text):
+                assert sample[f"{number}.txt"].decode() == piece.segment.text
+                continue
+            name = f"vision.{vision}.npy" if vision else "vision.npy"
+            codes = np.load(io.BytesIO(sample[name]), allow_pickle=False)
+            assert np.array_equal(codes[0], piece.segment.codes)
+            vision += 1

@@ -1,0 +1,253 @@
+"""The index of shards as plain columns: what each sample is, how long, and what it may say.
+
+A row is a number: of the rows of all shard directories, one behind the other. A million rows of
+two captions take about 0.4 GB, most of it the captions' text, and nothing grows with training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from unimodal.pipeline.errors import UnimodalError
+from unimodal.tokenize.document import (
+    Image,
+    Part,
+    Piece,
+    Text,
+    Video,
+    block_length,
+    compose,
+    parts_length,
+)
+from unimodal.tokenize.vocabulary import Vocabulary
+
+TASKS = ("caption", "text", "chat", "interleaved", "edit")
+"""What a row of the index can be; see `unimodal.tokenize.document.ROLES`."""
+
+
+class ShardsLike(Protocol):
+    """What is used of `unimodal.tokenize.shards.Shards`."""
+
+    @property
+    def index(self) -> Any: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    def codes(self, row: int) -> np.ndarray: ...
+    def segments(self, row: int) -> list[Piece]: ...
+
+
+def draw(seed: int, epoch: int | np.ndarray, keys: int | np.ndarray, purpose: str) -> np.ndarray:
+    """Numbers in [0, 1) that depend on nothing but the arguments; float64, one per key.
+
+    `keys` are uint64 as `hashed` gives them. The mixing is that of SplitMix64 (Steele, Lea and
+    Flood 2014).
+    """
+    mixed = np.atleast_1d(np.asarray(keys, np.uint64)) ^ np.uint64(hashed(f"{seed}/{purpose}"))
+    for more in (np.uint64(0), np.asarray(epoch, np.uint64)):
+        mixed = (mixed + more) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return (mixed >> np.uint64(11)) * 2.0**-53
+
+
+def hashed(text: str) -> int:
+    """64 bits of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class Samples:
+    """The index of one or more shard directories of one vocabulary."""
+
+    def __init__(self, shards: Sequence[ShardsLike], styles: Sequence[str] = ()) -> None:
+        self.shards = list(shards)
+        self.vocabulary = shards[0].vocabulary
+        tables = [_Columns(one.index, self.vocabulary, styles) for one in self.shards]
+        self._keys = [table.keys for table in tables]
+        self._texts = [table.texts for table in tables]
+        self._picked = [table.picked for table in tables]
+        self.starts = np.cumsum([0, *(len(table.keys) for table in tables)])
+        """First row of each directory, and behind them the number of rows."""
+        self.tasks, self.sizes, self.rates, self.hashes, self.lengths, tokens, counts, val = (
+            np.concatenate([getattr(table, name) for table in tables])
+            for name in ("tasks", "sizes", "rates", "hashes", "lengths", "tokens", "counts", "val")
+        )
+        self._tokens = tokens
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        self.rows = {"train": np.flatnonzero(~val), "val": np.flatnonzero(val)}
+        """Rows of each split."""
+
+        self.recent: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        """Long texts that were written last: see `data.collate`."""
+        vocabulary = self.vocabulary
+        self._classes = np.zeros(vocabulary.size, np.int8)
+        self._classes[vocabulary.vision_start :][: vocabulary.codebook_size] = 1
+        for one in (vocabulary.boi, vocabulary.img, vocabulary.eoi, vocabulary.eol, vocabulary.eof):
+            self._classes[one] = 2
+
+    def name(self, number: int) -> str:
+        """How errors call a directory."""
+        return str(getattr(self.shards[number], "path", f"shards {number}"))
+
+    def splittable(self, rows: np.ndarray) -> np.ndarray:
+        """Which rows may be cut: plain text."""
+        return self.tasks[rows] == TASKS.index("text")
+
+    def classes(self, ids: np.ndarray) -> np.ndarray:
+        """Text (0), vision (1) or structure (2) of ids that begin outside a vision block; [T]."""
+        found = self._classes[ids]
+        opened, shown = (
+            np.flatnonzero(ids == one) for one in (self.vocabulary.boi, self.vocabulary.img)
+        )
+        for first, behind in zip(opened.tolist(), shown.tolist(), strict=True):
+            found[first:behind] = 2  # the meta text too
+        return found
+
+    def captions(self, rows: np.ndarray | int) -> np.ndarray:
+        """How many captions rows have."""
+        return self._first[np.asarray(rows) + 1] - self._first[rows]
+
+    def caption(self, row: int, which: int) -> str:
+        """Text of a caption."""
+        number, _ = self._place(row)
+        before = self._first[self.starts[number]]
+        at = self._picked[number][self._first[row] + which - before]
+        return str(self._texts[number][int(at)].as_py())
+
+    def length(self, rows: np.ndarray, captions: np.ndarray) -> np.ndarray:
+        """Tokens of documents of `rows` with these captions (-1: none).
+
+        One less than their ids, as the last id predicts nothing.
+        """
+        at = np.where(captions < 0, 0, self._first[rows] + captions)
+        text = np.append(self._tokens, 0)[np.minimum(at, len(self._tokens))]
+        return self.lengths[rows] + np.where(captions < 0, 0, text)
+
+    def key(self, row: int) -> str:
+        """Key of a row."""
+        number, own = self._place(row)
+        return str(self._keys[number][own].as_py())
+
+    def parts(self, row: int, describes: bool, caption: int) -> list[Part]:
+        """The document of a row, all but BOS and the last EOS; reads its codes and texts.
+
+        Where it has captions: drawn from one, described by it, or without any (-1).
+        """
+        number, own = self._place(row)
+        if self.tasks[row]:
+            return compose(TASKS[self.tasks[row]], self.shards[number].segments(own))
+        codes, rate = self.shards[number].codes(own), float(self.rates[row])
+        vision = Part(Image(codes[0]) if np.isnan(rate) else Video(codes, rate), True)
+        if caption < 0:
+            return [vision]
+        text = Part(Text(self.caption(row, caption)), True)
+        return [vision, text] if describes else [text, vision]
+
+    def grids(self, limit: int = 64) -> list[dict[str, Any]]:
+        """The commonest shapes of captioned training samples: kind, size, fps, samples."""
+        rows = self.rows["train"][self.tasks[self.rows["train"]] == 0]
+        alike, first = _alike(*self.sizes[rows].T, self.rates[rows])
+        found = []
+        for row, count in zip(rows[first].tolist(), np.bincount(alike).tolist(), strict=True):
+            fps = None if np.isnan(self.rates[row]) else float(self.rates[row])
+            kind = "image" if fps is None else "video"
+            size = self.sizes[row].tolist()
+            found.append({"kind": kind, "size": size, "fps": fps, "samples": count})
+        return sorted(found, key=lambda one: (-one["samples"], str([*one.values()])))[:limit]
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Number of the directory of a row, and the row within it."""
+        number = int(np.searchsorted(self.starts, row, "right")) - 1
+        return number, int(row - self.starts[number])
+
+
+class _Columns:
+    """One directory's part of `Samples`."""
+
+    def __init__(self, index: Any, vocabulary: Vocabulary, styles: Sequence[str]) -> None:
+        def column(name: str) -> Any:
+            return pa.concat_arrays(index.column(name).chunks or [pa.array([], index[name].type)])
+
+        self.keys = column("key")
+        self.hashes = np.array([hashed(key) for key in self.keys.to_pylist()], np.uint64)
+        self.val = pc.equal(column("split"), "val").to_numpy(zero_copy_only=False).astype(bool)
+        names = pc.index_in(column("task"), pa.array(TASKS))
+        self.tasks = pc.fill_null(names, len(TASKS)).to_numpy(zero_copy_only=False).astype(np.uint8)
+        if (self.tasks == len(TASKS)).any():
+            raise UnimodalError(
+                f"the index knows a task that this version does not ({', '.join(TASKS)}): "
+                "install the version that wrote it"
+            )
+        sizes = [column(name).to_numpy() for name in ("frames", "height", "width")]
+        self.sizes = np.stack(sizes, axis=1)
+        moving = pc.equal(column("kind"), "video").to_numpy(zero_copy_only=False)
+        rates = pc.fill_null(column("fps"), np.nan).to_numpy(zero_copy_only=False)
+        self.rates = np.where(moving, rates, np.nan)
+        """NaN for a still image."""
+        self.lengths = self._lengths(column("segments"), vocabulary)
+        self._captions(column("captions"), styles)
+
+    def _lengths(self, segments: Any, vocabulary: Vocabulary) -> np.ndarray:
+        """Tokens of each row's document, its caption not counted."""
+        lengths = np.zeros(len(self.tasks), np.int64)
+        rows = np.flatnonzero(self.tasks == 0)
+        if len(rows):
+            alike, first = _alike(*self.sizes[rows].T, self.rates[rows])
+            shapes = [(*self.sizes[row].tolist(), float(self.rates[row])) for row in rows[first]]
+            blocks = [
+                block_length(vocabulary, h, w, *(() if np.isnan(fps) else (t, fps)))
+                for t, h, w, fps in shapes
+            ]
+            lengths[rows] = np.array(blocks)[alike] + 1
+        rows = np.flatnonzero(self.tasks)
+        if not len(rows):
+            return lengths
+        # Documents that differ in nothing but their texts' lengths are counted once.
+        told = pc.list_flatten(segments)
+        counts = pc.fill_null(pc.list_value_length(segments), 0).to_numpy(zero_copy_only=False)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        tokens = pc.fill_null(told.field("tokens"), 0).to_numpy(zero_copy_only=False)
+        sums = np.concatenate([[0], np.cumsum(tokens)])
+        names = ("kind", "role", "frames", "height", "width", "fps")
+        alike, _ = _alike(
+            *(told.field(n).dictionary_encode().indices.fill_null(-1).to_numpy() for n in names)
+        )
+        known: dict[tuple[int, bytes], int] = {}
+        for row in rows.tolist():
+            first, last = starts[row], starts[row + 1]
+            form = (int(self.tasks[row]), alike[first:last].tobytes())
+            if form not in known:
+                one = told.slice(first, last - first).to_pylist()
+                whole = parts_length(TASKS[self.tasks[row]], one, vocabulary)
+                known[form] = whole - 1 - int(sums[last] - sums[first])
+            lengths[row] = known[form] + sums[last] - sums[first]
+        return lengths
+
+    def _captions(self, captions: Any, styles: Sequence[str]) -> None:
+        """Flat captions: how many each row has, which ones of all texts, and their tokens."""
+        values = captions.flatten()
+        sizes = pc.fill_null(pc.list_value_length(captions), 0).to_numpy(zero_copy_only=False)
+        kept = np.ones(len(values), bool)
+        if styles:
+            wanted = pc.is_in(values.field("style"), pa.array(list(styles), pa.string()))
+            kept = wanted.to_numpy(zero_copy_only=False).astype(bool)
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        self.counts = np.bincount(owner[kept], minlength=len(sizes))
+        self.picked = np.flatnonzero(kept)
+        self.tokens = values.field("tokens").to_numpy(zero_copy_only=False)[kept].astype(np.int64)
+        self.texts = values.field("text")
+
+
+def _alike(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number rows so that equal ones have one number: the numbers, and a row of each."""
+    numbers = np.zeros(len(columns[0]), np.int64)
+    for column in columns:
+        _, part = np.unique(column, return_inverse=True)
+        _, numbers = np.unique(numbers * (len(column) + 1) + part, return_inverse=True)
+    return numbers, np.unique(numbers, return_index=True)[1]

@@ -34,6 +34,9 @@ def train(
         bool, typer.Option("--resume/--no-resume", help="Go on with what the directory holds.")
     ] = True,
     device: options.Device = "auto",
+    nproc: Annotated[
+        int, typer.Option("--nproc", help="Processes on this machine, as mesh.* says.", min=1)
+    ] = 1,
     plan: options.Plan = False,
     gpus: Annotated[
         int | None, typer.Option("--gpus", help="GPUs in all.", min=1, rich_help_panel=PLANNED)
@@ -44,9 +47,7 @@ def train(
     ] = None,
     mfu: Annotated[
         float,
-        typer.Option(
-            "--mfu", help="Share of their peak that is assumed.", rich_help_panel=PLANNED
-        ),
+        typer.Option("--mfu", help="Share of their peak that is assumed.", rich_help_panel=PLANNED),
     ] = 0.4,
     tokens: Annotated[
         float | None,
@@ -72,6 +73,7 @@ def train(
     interrupted.
     """
     from unimodal.cli import console
+    from unimodal.model import parallel
     from unimodal.model import train as trainer
     from unimodal.model.checkpoint import latest_step, read_json
     from unimodal.model.recipe import settings_from
@@ -81,9 +83,12 @@ def train(
     settings = settings_from(recipe, layer, sets=sets or [], init=init)
     sources = [Path(console.from_stdin(item)) for item in shards or []]
     if plan:
-        given = {"gpus": gpus, "gpu": gpu, "mfu": mfu, "tokens": tokens}
-        _plan(sources, settings, length, given, json)
+        for_gpus = {"gpus": gpus, "gpu": gpu, "mfu": mfu, "tokens": tokens}
+        _plan(sources, settings, length, for_gpus, json)
         return
+    if nproc > 1:
+        piped = [str(path) for item, path in zip(shards or [], sources, strict=True) if item == "-"]
+        raise typer.Exit(_several(nproc, piped, settings))
     drawn = console.progress(quiet)
     made = trainer.train(sources, out, settings, init=init, progress=drawn, resume=resume)
     step = latest_step(made)
@@ -91,15 +96,36 @@ def train(
     if step is not None:
         state = read_json(step / "train.json")
         record = {"step": state["step"], "tokens": state["tokens"]}
-    console.table(f"checkpoint in {out}", list(record.items()), quiet)
-    console.result(out, record, json)
+    if parallel.is_main():
+        console.table(f"checkpoint in {out}", list(record.items()), quiet)
+        console.result(out, record, json)
+    parallel.leave()
+
+
+def _several(processes: int, piped: list[str], settings: TrainSettings) -> int:
+    """Run this command as so many processes, '-' replaced by what came; its exit status."""
+    import sys
+
+    from unimodal.model import parallel
+
+    parallel.check_world(settings.mesh, processes)
+    given = iter(sys.argv[1:])
+    arguments = []
+    for argument in given:
+        if argument == "--nproc":
+            next(given)
+        elif argument == "-":
+            arguments.append(piped.pop(0))
+        elif not argument.startswith("--nproc="):
+            arguments.append(argument)
+    return parallel.launch(processes, arguments)
 
 
 def _plan(
     shards: list[Path],
     settings: TrainSettings,
     length: int | None,
-    given: dict[str, Any],
+    for_gpus: dict[str, Any],
     as_json: bool,
 ) -> None:
     from unimodal.cli import console
@@ -116,5 +142,5 @@ def _plan(
         vocabulary = samples.vocabulary.size
         record = {f"{name} samples": len(samples.rows[name]) for name in ("train", "val")}
         record["packs filled"] = f"{first.fill(context):.1%}"
-    record |= plan(settings, vocabulary, packs, **given)
+    record |= plan(settings, vocabulary, packs, **for_gpus)
     console.plan("would train", record, as_json)

@@ -104,7 +104,7 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line(monkeypatch: Any) -> No
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with (
-        pytest.raises(UsageError, match=r"shard 8 .* is of 16 processes, but there are 2: launch"),
+        pytest.raises(UsageError, match=r"shard 8 .* is of 16 processes, and there are 2: launch"),
         joined(MeshSettings(shard=8, tensor=2), "cpu"),
     ):
         pass

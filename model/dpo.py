@@ -244,7 +244,7 @@ class Pairs:
         cursor: Position | None = None,
     ) -> None:
         """Raises `UnimodalError` if no pair fits in `data.context`."""
-        self.triplets = triplets
+        self.samples = triplets
         self.settings = settings
         self.context = data.context
         self.seed = seed
@@ -286,10 +286,10 @@ class Pairs:
 
     def batch(self, pairs: Sequence[int]) -> PairBatch:
         """The documents of these pairs, chosen before rejected."""
-        vocabulary = self.triplets.vocabulary
+        vocabulary = self.samples.vocabulary
         ids, targets, weights, counted = [], [], [], []
         for pair in pairs:
-            prompt, *answers = self.triplets.ids(pair)
+            prompt, *answers = self.samples.ids(pair)
             for chosen, answer in zip((1, 0), answers, strict=True):
                 whole = np.concatenate([prompt, answer])
                 on = np.arange(1, len(whole)) >= len(prompt)

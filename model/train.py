@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from unimodal.model.data import (
     validation,
 )
 from unimodal.model.decoder import Decoder, DecoderConfig, parameter_count
+from unimodal.model.dpo import MEANS, PairBatch, Pairs, Position, Triplets, pair_loss
 from unimodal.model.lora import adapt
 from unimodal.model.loss import LossByKind, weighted_cross_entropy
 from unimodal.model.optim import optimizers
@@ -107,14 +108,19 @@ def _train(
 ) -> Path:
     progress = progress if mesh.is_main else Progress()
     mesh.check(settings.decoder, settings.accumulate)
-    opened = open_shards(shards)
-    out.mkdir(parents=True, exist_ok=True)
     previous = latest_step(out)
     if previous is not None and not resume:
         raise UnimodalError(f"{out} already holds a run: resume it, or choose another directory")
 
-    samples = Samples(opened, settings.data.styles)
-    about = _about(opened, samples)
+    samples: Samples | Triplets
+    if settings.objective == "dpo":
+        samples = source = Triplets.behind(init if previous is None else out, shards)
+        about = samples.about
+    else:
+        opened = open_shards(shards)
+        samples, source = Samples(opened, settings.data.styles), opened[0]
+        about = _about(opened, samples)
+    out.mkdir(parents=True, exist_ok=True)
     if previous is not None:
         _same_run(out, previous, settings, about)
     elif settings.needs_init and init is None:
@@ -125,28 +131,36 @@ def _train(
     if previous is None:
         start(learners, settings.seed, init, about)
     if mesh.is_main:
-        keep_inputs(out, opened[0])
+        keep_inputs(out, source)
         with atomic(out / "data.json") as file:
             file.write_text(json.dumps(about, indent=2) + "\n")
         with atomic(out / "config.toml") as file:
             file.write_text(to_toml(settings.model_dump(mode="json")))
     clock = Clock(total=settings.steps)
-    cursor, losses = Cursor(), LossByKind(KINDS)
+    cursor: dict[str, Any] = {}
+    losses = LossByKind((*KINDS, *MEANS) if isinstance(samples, Triplets) else KINDS)
     if previous is not None:
         state = load_step(previous, learners)
-        cursor = Cursor(**state["cursor"])
+        cursor = state["cursor"]
         clock = Clock(state["step"], settings.steps, state["tokens"], state["elapsed_s"])
         if settings.minutes is not None:
             clock.total = state["total"]
-        losses.restore(state["losses"])
+        if mesh.leads:
+            losses.restore(state["losses"])
         progress.note(f"resuming at step {clock.step} of {clock.total}")
-    loader = Loader(samples, settings.data, settings.seed, cursor)
-    progress.note(_introduction(learners.decoder, samples, loader, settings, mesh))
-    run = _Run(out, settings, learners, loader, clock, losses, progress)
+    loader: Loader | Pairs
+    if isinstance(samples, Triplets):
+        loader = Pairs(samples, settings.dpo, settings.data, settings.seed, Position(**cursor))
+        loader.refer(learners.decoder, out / "reference.npy", mesh, previous is not None)
+    else:
+        loader = Loader(samples, settings.data, settings.seed, Cursor(**cursor))
+    progress.note(_introduction(learners.decoder, loader, settings, mesh))
+    run = _Run(out, settings, mesh, learners, loader, clock, losses, progress)
     log = settings.log
-    run.record = Record(
-        out, clock.step, log.tensorboard, log.wandb, settings.model_dump(mode="json")
-    )
+    if mesh.is_main:
+        run.record = Record(
+            out, clock.step, log.tensorboard, log.wandb, settings.model_dump(mode="json")
+        )
     progress.begin("train", clock.total, "steps")
     progress.advance("train", clock.step)
     try:
@@ -158,7 +172,8 @@ def _train(
             run.steps(received)
     finally:
         progress.end("train")
-        run.record.close()
+        if run.record is not None:
+            run.record.close()
     return out
 
 
@@ -171,7 +186,7 @@ def _learners(settings: TrainSettings, ids: int, mesh: Mesh) -> Learners:
     if settings.lora.rank:
         adapt(decoder, settings.lora)
     average = WeightAverage(decoder, settings.ema)
-    for one in {decoder, average.model}:
+    for one in dict.fromkeys((decoder, average.model)):  # in one order on every process
         mesh.apply(one)
         one.to_empty(device=mesh.device)
     prepare(decoder, settings.recompute, settings.compile)
@@ -184,12 +199,15 @@ class _Run:
 
     out: Path
     settings: TrainSettings
+    mesh: Mesh
     learners: Learners
-    loader: Loader
+    loader: Loader | Pairs
     clock: Clock
     losses: LossByKind
+    """Of this process's tokens; sums over the mesh are reported and saved."""
     progress: Progress
-    record: Record = field(init=False)
+    record: Record | None = None
+    """Kept by the main process alone."""
     saver: Saver = field(init=False)
     _validation: list[Batch] | None = None
 
@@ -204,7 +222,6 @@ class _Run:
             if settings.minutes is not None:
                 self.fit_schedule(settings.minutes)
             last = clock.step >= clock.total
-            saving = last or bool(received) or clock.step % settings.checkpoint.every == 0
             if last or clock.step % settings.log.every == 0:
                 seconds = clock.seconds()
                 speed = (clock.tokens - marked) / max(1e-9, seconds - mark)
@@ -215,11 +232,12 @@ class _Run:
                 self.validate()
             if settings.log.sample_every and _due(clock.step, settings.log.sample_every, last):
                 self.sample()
-            if saving:
+            stop = int(self.mesh.most(received[0] if received else 0))
+            if last or stop or clock.step % settings.checkpoint.every == 0:
                 self.save()
-            if received and not last:
+            if stop and not last:
                 self.saver.wait()
-                name = signal.Signals(received[0]).name
+                name = signal.Signals(stop).name
                 raise Interrupted(
                     f"stopped by {name} at step {clock.step} of {clock.total}; saved in "
                     f"{self.out}: run the same command again to go on"
@@ -228,20 +246,27 @@ class _Run:
     def step(self) -> dict[str, float]:
         """One optimizer step; returns loss, lr, grad_norm and fill."""
         settings, clock, decoder = self.settings, self.clock, self.learners.decoder
-        device = decoder.lm_head.weight.device
-        if settings.decoder.dropout:
-            torch.manual_seed(int(draw(settings.seed, clock.step, hashed(""), "dropout")[0] * 2**63))
+        mesh = self.mesh
+        if settings.decoder.dropout:  # each process draws masks of its own
+            who = str(mesh.rank or "")
+            torch.manual_seed(
+                int(draw(settings.seed, clock.step, hashed(who), "dropout")[0] * 2**63)
+            )
         decoder.train()
-        batches = [next(self.loader).to(device) for _ in range(settings.accumulate)]
-        weight = sum(float(batch.weights.sum()) for batch in batches)  # of the whole step
+        packs = self.loader.step(settings.accumulate, mesh.data_rank, mesh.data_world)
+        batches = [mesh.split(pack).to(mesh.device) for pack in packs]
+        weight, tokens = mesh.totals(  # of the whole step
+            sum(float(batch.weights.sum()) for batch in batches),
+            sum(len(pack.ids) for pack in packs) / settings.mesh.context,
+        )
         total = 0.0
         for batch in batches:
-            loss, losses = _loss(decoder, batch)
+            loss = self.loss(decoder, batch, self.losses)
             (loss / weight).backward()
             total += float(loss.detach()) / weight
-            self.losses.add(losses, batch.kinds, batch.weights)
-            clock.tokens += len(batch.ids)
-        norm = float(torch.nn.utils.clip_grad_norm_(decoder.parameters(), settings.optimizer.clip))
+        clock.tokens += round(tokens)
+        (total,) = mesh.totals(total)
+        norm = mesh.clip(decoder.parameters(), settings.optimizer.clip)
         if not torch.isfinite(torch.tensor([total, norm])).all():
             self.stop_not_finite(batches, total, norm)
         lr = learning_rate(clock.step, clock.total, settings.optimizer)
@@ -252,12 +277,28 @@ class _Run:
             optimizer.zero_grad(set_to_none=True)
         self.learners.average.update(clock.step)
         room = settings.accumulate * settings.data.context
-        fill = sum(len(batch.ids) for batch in batches) / room
-        return {"loss": total, "lr": lr, "grad_norm": norm, "fill": round(fill, 4)}
+        return {"loss": total, "lr": lr, "grad_norm": norm, "fill": round(tokens / room, 4)}
+
+    def write(self, values: dict[str, float], shown: Mapping[str, Any] | None = None) -> None:
+        """Record and show `values`, and `shown` as well."""
+        if self.record is not None:
+            self.record.write(self.clock.step, values)
+        self.progress.show({"step": self.clock.step, **(shown or {}), **values})
+
+    def loss(self, decoder: Decoder, batch: Batch, tally: LossByKind) -> torch.Tensor:
+        """Sum of a pack's weighted losses; each goes to `tally` by its kind."""
+        if isinstance(batch, PairBatch):
+            return pair_loss(decoder, batch, tally, self.settings.dpo)
+        hidden = decoder.hidden(batch.ids, batch.positions, decoder.packed(batch.lengths))
+        head = decoder.lm_head.weight
+        loss, losses = weighted_cross_entropy(hidden, head, batch.targets, batch.weights)
+        tally.add(losses, batch.kinds, batch.weights)
+        return loss
 
     def report(self, values: dict[str, float]) -> None:
         """Write and show a record: this step's loss, means by kind since the last record."""
-        by_kind = {f"loss/{name}": mean for name, mean in self.losses.means().items()}
+        means = self.losses.summed(self.mesh.sum).means()
+        by_kind = {f"loss/{name}": mean for name, mean in means.items()}
         clock = self.clock
         record = {
             **values,
@@ -267,38 +308,43 @@ class _Run:
             "elapsed_s": round(clock.seconds(), 3),
         }
         self.losses.clear()
-        self.record.write(clock.step, record)
-        self.progress.show({"step": clock.step, "steps": clock.total, **record})
+        self.write(record, {"steps": clock.total})
 
     def validate(self) -> None:
         """Mean loss by kind over the validation split, without dropout."""
         if self._validation is None:
-            settings = self.settings
-            self._validation = validation(
-                self.loader.samples, settings.data, settings.log.validate_samples
-            )
+            data, limit = self.settings.data, self.settings.log.validate_samples
+            samples = self.loader.samples
+            if isinstance(samples, Triplets):  # they have no split of their own
+                self._validation = []
+            else:
+                self._validation = validation(samples, data, limit)
         if not self._validation:
             return
-        decoder = self.learners.average.model.eval()
+        mesh, decoder = self.mesh, self.learners.average.model.eval()
         losses = LossByKind(KINDS)
         with torch.no_grad():
-            for batch in self._validation:
-                batch = batch.to(decoder.lm_head.weight.device)
-                losses.add(_loss(decoder, batch)[1], batch.kinds, batch.weights)
-        values = {f"validation/{name}": mean for name, mean in losses.means().items()}
-        self.record.write(self.clock.step, values)
-        self.progress.show({"step": self.clock.step, **values})
+            for pack in mesh.deal(self._validation):
+                self.loss(decoder, mesh.split(pack).to(mesh.device), losses)
+        means = losses.summed(mesh.sum).means()
+        self.write({f"validation/{name}": mean for name, mean in means.items()})
 
     def sample(self) -> None:
         """Draw a grid of pictures, to see what the figures mean."""
         from unimodal.model.sample import Sampler, contact_sheet
 
+        decoder = self.mesh.assembled(self.learners.average.model.eval())
+        if decoder is None or self.record is None:
+            return
         samples = self.loader.samples
         prompts = list(self.settings.log.sample_prompts)
-        for split in ("train", "val") if not prompts else ():
-            rows = [row for row in samples.rows[split].tolist() if samples.captions(row)][:4]
-            prompts += [samples.caption(row, 0) for row in rows]
-        sampler = Sampler.for_checkpoint(self.out, self.learners.average.model.eval())
+        if isinstance(samples, Triplets):
+            prompts = prompts or samples.prompts[:8]
+        elif not prompts:
+            for split in ("train", "val"):
+                rows = [row for row in samples.rows[split].tolist() if samples.captions(row)][:4]
+                prompts += [samples.caption(row, 0) for row in rows]
+        sampler = Sampler.for_checkpoint(self.out, decoder)
         pictures = sampler.images(prompts, seed=self.settings.seed)
         sheet = contact_sheet([row[0] for row in pictures])
         path = self.out / "samples" / f"step-{self.clock.step:08d}.png"
@@ -318,7 +364,7 @@ class _Run:
             "tokens": clock.tokens,
             "elapsed_s": clock.seconds(),
             "cursor": asdict(self.loader.cursor),
-            "losses": self.losses.state(),
+            "losses": self.losses.summed(self.mesh.sum).state(),
         }
         self.saver.save(clock.step, self.learners, state)
 
@@ -330,7 +376,8 @@ class _Run:
             return
         seconds = clock.seconds()
         left = (minutes * 60 - seconds) * clock.step / seconds
-        clock.total = min(self.settings.steps, clock.step + max(1, int(left)))
+        total = min(self.settings.steps, clock.step + max(1, int(left)))
+        clock.total = int(self.mesh.most(total))
         self.progress.begin("train", clock.total, "steps")
         self.progress.advance("train", clock.step - 1)
 
@@ -347,18 +394,14 @@ class _Run:
             "samples": [key for batch in batches for key in batch.keys],
             "not_finite": not_finite(self.learners.decoder),
         }
-        path = self.out / "not-finite.json"
+        rank = self.mesh.rank
+        path = self.out / (f"not-finite-{rank}.json" if rank else "not-finite.json")
         with atomic(path) as file:
             file.write_text(json.dumps(report, indent=2) + "\n")
         raise UnimodalError(
             f"the loss is {loss} (gradient norm {norm}) at step {self.clock.step}; {path} names "
             "the samples and tensors: lower optimizer.lr or raise optimizer.warmup, and resume"
         )
-
-
-def _loss(decoder: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden = decoder.hidden(batch.ids, batch.positions, decoder.packed(batch.lengths))
-    return weighted_cross_entropy(hidden, decoder.lm_head.weight, batch.targets, batch.weights)
 
 
 def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:
@@ -394,21 +437,22 @@ def _same_run(out: Path, step: Path, settings: TrainSettings, about: dict[str, A
 
 
 def _introduction(
-    decoder: Decoder,
-    samples: Samples,
-    loader: Loader,
-    settings: TrainSettings,
-    mesh: Mesh,
+    decoder: Decoder, loader: Loader | Pairs, settings: TrainSettings, mesh: Mesh
 ) -> str:
     count = parameter_count(decoder)
     millions = ", ".join(f"{name} {number / 1e6:.2f} M" for name, number in count.items())
-    plan, context = loader.plan, settings.data.context
-    skipped = f"; {plan.skipped} too long for data.context skipped" if plan.skipped else ""
+    if isinstance(loader, Pairs):
+        data = str(loader)
+    else:
+        plan, rows = loader.plan, loader.samples.rows
+        skipped = f"; {plan.skipped} too long for data.context skipped" if plan.skipped else ""
+        data = (
+            f"{len(rows['train'])} training and {len(rows['val'])} validation samples; "
+            f"packs {plan.fill(settings.data.context):.1%} full{skipped}"
+        )
     return (
         f"decoder {sum(count.values()) / 1e6:.2f} M parameters ({millions}) on {mesh.device}, "
-        f"{settings.precision}; {len(samples.rows['train'])} training and "
-        f"{len(samples.rows['val'])} validation samples; packs {plan.fill(context):.1%} full"
-        f"{skipped}"
+        f"{settings.precision}; {data}"
     )
 
 

@@ -22,7 +22,8 @@ def train_tokenizer(
         str, typer.Option("--recipe", help="A shipped recipe, or a TOML file.", metavar="NAME|FILE")
     ] = "small",
     init: Annotated[
-        str | None, typer.Option("--init", help="Weights to start from: small, or a directory.")
+        str | None,
+        typer.Option("--init", help="Weights to start from: small, small-16k or a directory."),
     ] = None,
     lpips: Annotated[
         str | None, typer.Option("--lpips", help="Weights of LPIPS: a file, or a directory.")

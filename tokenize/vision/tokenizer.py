@@ -28,7 +28,8 @@ from unimodal.tokenize.vision.weights import (
     to_transformers,
 )
 
-SHIPPED = {"small": Path(__file__).parent / "small"}
+HERE = Path(__file__).parent
+SHIPPED = {"small": HERE / "small", "small-16k": HERE / "small_16k"}
 
 
 class VisionTokenizer:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import Emu3TextConfig
 
 from unimodal.model.checkpoint import to_toml
 from unimodal.model.recipe import (
@@ -15,14 +18,111 @@ from unimodal.model.recipe import (
     learning_rate,
     settings_from,
 )
+from unimodal.model.train import train
 from unimodal.pipeline.errors import UsageError
 from unimodal.pipeline.settings import load_recipe, recipe_names
+from unimodal.tokenize.document import Image, Piece, Text
+from unimodal.tokenize.shards import Sample, Shards, ShardWriter
+from unimodal.tokenize.training import read_record
+from unimodal.tokenize.vision.tokenizer import VisionTokenizer
+from unimodal.tokenize.vocabulary import Vocabulary
 
 
 def test_every_shipped_recipe_is_valid() -> None:
     assert {"tiny", "small"} <= set(recipe_names(RECIPES))
     for name in recipe_names(RECIPES):
         settings_from(name)
+
+
+@pytest.fixture(scope="module")
+def chats(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: VisionTokenizer, vocabulary: Vocabulary
+) -> Shards:
+    """Questions about pictures, two turns each."""
+    rng = np.random.default_rng(3)
+    writer = ShardWriter(tmp_path_factory.mktemp("chats"), tokenizer, vocabulary, {})
+    samples = []
+    for number in range(6):
+        told = [Text(f"what is {number}"), Text("a cat"), Text("sure?"), Text("yes")]
+        texts = [Piece(t, role) for t, role in zip(told, ("user", "assistant") * 2, strict=True)]
+        pieces = [Piece(Image(rng.integers(0, 64, (3, 4))), "user"), *texts]
+        tokens = [None, *(len(vocabulary.text.encode(text.text)) for text in told)]
+        key = f"chat{number:04d}"
+        split = "val" if number == 5 else "train"
+        about = {"task": "chat", "pieces": pieces, "tokens": tokens}
+        samples.append(Sample(key, key, "document", None, split, f"{number:064x}", **about))
+    writer.write(0, "unit", samples)
+    return writer.finish(1)
+
+
+SMALL = {
+    "steps": 2,
+    "minutes": None,
+    "device": "cpu",
+    "accumulate": 2,
+    "mesh": {"replicate": 1, "shard": 1, "context": 1, "tensor": 1},
+    "decoder": {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 64},
+    "data": {"context": 256},
+    "log": {"every": 1, "validate_every": 2, "sample_every": 0, "tensorboard": False},
+}
+LEARNED = {
+    "qft": {"generation/vision", "structure"},
+    "understand": {"understanding/text"},
+    "instruct": {"chat/text"},
+}
+
+
+@pytest.mark.parametrize("name", sorted({*recipe_names(RECIPES)} - {"dpo"}))
+def test_every_recipe_trains_what_it_says_with_a_decoder_that_is_small_enough(
+    tmp_path: Path,
+    tiny_shards: Shards,
+    chats: Shards,
+    tiny_settings: Callable[..., TrainSettings],
+    name: str,
+) -> None:
+    settings = settings_from(name, SMALL)
+    init = None
+    if settings.needs_init:
+        init = train([tiny_shards.path], tmp_path / "init", tiny_settings("steps=1"))
+    shards = [(chats if name == "instruct" else tiny_shards).path]
+    out = train(shards, tmp_path / "out", settings, init=init)
+    rows = read_record(out / "metrics.jsonl")
+    losses = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in losses] == [1, 2]
+    assert all(np.isfinite(row["loss"]) and row["fill"] > 0.2 for row in losses)
+    seen = {key.removeprefix("loss/") for row in losses for key in row if key.startswith("loss/")}
+    assert seen == LEARNED.get(name, seen)
+    assert any(key.startswith("validation/") for row in rows for key in row)
+
+
+def test_recipes_hold_what_emu3_publishes() -> None:
+    one, two, qft, understand = (
+        settings_from(name) for name in ("emu3-8b-stage1", "emu3-8b-stage2", "qft", "understand")
+    )
+    emu3 = Emu3TextConfig()
+    for stage in (one, two):
+        shape = stage.decoder
+        assert (shape.width, shape.layers) == (emu3.hidden_size, emu3.num_hidden_layers)
+        assert (shape.heads, shape.kv_heads, shape.ffn) == (32, 8, emu3.intermediate_size)
+        assert (shape.channels, shape.rope_theta, shape.norm_eps) == (128, 1e6, 1e-5)
+        assert (stage.optimizer.lr, stage.optimizer.min_lr) == (5e-5, 0.0)
+        assert (stage.optimizer.schedule, shape.dropout) == ("cosine", 0.1)
+        assert stage.data.vision_weight == 0.5
+        assert stage.mesh.size == 64
+    assert (one.data.context, two.data.context) == (5120, 131072)
+    assert (qft.optimizer.schedule, qft.optimizer.min_lr) == ("linear", 0.0)
+    assert qft.needs_init and qft.data.caption_weight == qft.data.understanding == 0
+    assert understand.data.vision_weight == understand.data.described_vision_weight == 0
+
+
+def test_weights_give_the_shape_and_the_recipe_the_rest(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: Callable[..., TrainSettings]
+) -> None:
+    init = train([tiny_shards.path], tmp_path, tiny_settings("steps=1"))
+    settings = settings_from("qft", init=init)
+    assert (settings.decoder.width, settings.decoder.layers) == (32, 2)
+    assert settings.decoder.dropout == 0.1
+    assert settings_from("tiny", init=init).decoder.width == 192  # it says so itself
 
 
 def test_later_layers_win_over_the_recipe() -> None:

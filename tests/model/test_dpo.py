@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from unimodal.model.checkpoint import latest_step
 from unimodal.model.data import KINDS, DataSettings
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
 from unimodal.model.dpo import (
@@ -25,10 +29,18 @@ from unimodal.model.dpo import (
     pair_loss,
 )
 from unimodal.model.loss import LossByKind
+from unimodal.model.naming import read_json
 from unimodal.model.parallel import Mesh, MeshSettings
-from unimodal.pipeline.errors import UnimodalError
+from unimodal.model.recipe import TrainSettings
+from unimodal.model.train import train
+from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.document import Image, serialize
+from unimodal.tokenize.shards import Shards
+from unimodal.tokenize.training import read_record
 from unimodal.tokenize.vocabulary import Vocabulary
+
+MakeSettings = Callable[..., TrainSettings]
 
 ALONE = Mesh(MeshSettings(), torch.device("cpu"))
 PROMPTS = ["a kite", "red", "a longer prompt than these", "b", "cat"]
@@ -321,3 +333,98 @@ def test_what_are_no_triplets_is_said_in_one_line(
         Triplets([write_triplets(tmp_path / "v.parquet", digest="f" * 64)], vocabulary)
     with pytest.raises(UnimodalError, match="rejected_ids are outside the vocabulary"):
         Triplets([write_triplets(tmp_path / "s.parquet", shift=300)], vocabulary)
+
+
+# --- training -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(
+    tmp_path_factory: pytest.TempPathFactory, tiny_shards: Shards, tiny_settings: MakeSettings
+) -> Path:
+    """The checkpoint that preferences start from."""
+    out = tmp_path_factory.mktemp("base") / "ckpt"
+    return train([tiny_shards.path], out, tiny_settings("steps=3"))
+
+
+def _preferring(tiny_settings: MakeSettings, *sets: str) -> TrainSettings:
+    return tiny_settings("objective=dpo", "data.context=160", "accumulate=2", *sets)
+
+
+def _losses(out: Path) -> list[dict[str, Any]]:
+    timing = ("tokens_per_s", "elapsed_s")
+    records = read_record(out / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in timing} for record in records]
+
+
+def test_training_learns_the_preferences_and_goes_on_as_if_it_had_not_been_stopped(
+    tmp_path: Path, base: Path, tiny_settings: MakeSettings, write_triplets: Callable[..., Path]
+) -> None:
+    file = write_triplets(tmp_path / "t" / "triplets.parquet", [(2 + i % 3, 3) for i in range(9)])
+    settings = _preferring(tiny_settings, "steps=24", "checkpoint.every=5", "decoder.dropout=0.1")
+    whole = train([file.parent], tmp_path / "whole", settings, init=base)
+    losses = _losses(whole)
+    assert losses[0]["loss/dpo"] == pytest.approx(np.log(2), abs=0.05)  # dropout
+    assert losses[-1]["loss/dpo"] < 0.3
+    about = read_json(whole / "data.json")
+    assert about["grids"] == read_json(base / "data.json")["grids"] and about["triplets"]
+
+    class Killed(Exception):
+        pass
+
+    class KillAt(Progress):
+        def show(self, values: Mapping[str, Any]) -> None:
+            if values["step"] == 7:
+                raise Killed
+
+    with pytest.raises(Killed):
+        train([file.parent], tmp_path / "parts", settings, init=base, progress=KillAt())
+    train([file.parent], tmp_path / "parts", settings)  # what --init gave is all there
+    assert _losses(tmp_path / "parts") == losses
+    other = write_triplets(tmp_path / "other.parquet", [(2, 2)] * 9)
+    with pytest.raises(UnimodalError, match=r"not those that .* was trained on"):
+        train([other], whole, settings, init=base)
+    (whole / "reference.npy").write_bytes(b"cut")
+    with pytest.raises(UnimodalError, match=r"reference\.npy does not hold the reference's log"):
+        train([file], whole, settings.model_copy(update={"steps": 25}))
+
+
+def test_preferences_need_a_checkpoint_to_start_from(
+    tmp_path: Path, base: Path, tiny_settings: MakeSettings, write_triplets: Callable[..., Path]
+) -> None:
+    file = write_triplets(tmp_path / "t.parquet")
+    with pytest.raises(UsageError, match="dpo starts from a trained checkpoint: give --init DIR"):
+        train([file], tmp_path / "out", _preferring(tiny_settings))
+    with pytest.raises(UnimodalError, match="has no vocabulary or no data"):
+        bare = base / latest_step(base).name  # type: ignore[union-attr]
+        shutil.copytree(bare, tmp_path / "bare")
+        train([file], tmp_path / "out", _preferring(tiny_settings), init=tmp_path / "bare")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mesh", ["shard", "context", "tensor"])
+@pytest.mark.slow
+def test_every_mesh_prefers_as_one_process(
+    tmp_path: Path,
+    base: Path,
+    tiny_settings: MakeSettings,
+    write_triplets: Callable[..., Path],
+    mesh: str,
+) -> None:
+    sys.path.append(str(Path(__file__).parent))  # the fork server imports it by its plain name
+    import parallel_ranks as ranks  # type: ignore[import-not-found]
+
+    file = write_triplets(tmp_path / "t.parquet", [(2 + i % 3, 3) for i in range(9)])
+    for name, sets in (("one", ()), (mesh, (f"mesh.{mesh}=2",))):
+        settings = _preferring(tiny_settings, "steps=3", "optimizer.lr=1e-3", *sets)
+        job = partial(train, [file], tmp_path / name, settings, init=base)
+        if sets:
+            ranks.run(2, [(job, ())])
+        else:
+            job()
+    expected, found = (np.load(tmp_path / name / "reference.npy") for name in ("one", mesh))
+    assert (expected < 0).all()
+    assert np.allclose(found, expected, rtol=1e-6)
+    one, two = (_losses(tmp_path / name) for name in ("one", mesh))
+    for name in ("loss", "loss/dpo", "loss/misranked", "loss/generation/vision", "tokens"):
+        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], abs=2e-4), name

@@ -25,6 +25,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -162,17 +163,13 @@ def write(
     Targets weigh as `loss_weights` says, all else 0; EOS is a target where the last part is one.
     Raises `DocumentError` as `serialize` does.
     """
-    pieces = [serialize([part.segment], vocabulary, bos=False, eos=False) for part in parts]
-    weighed = [
-        np.full(len(ids), part.target and _weight(part.segment, vision_weight), np.float32)
-        for part, ids in zip(parts, pieces, strict=True)
-    ]
+    pieces = [_ids(part.segment, vocabulary) for part in parts]
+    weighed = [part.target and _weight(part.segment, vision_weight) for part in parts]
     last = [vocabulary.eos] if eos else []
-    weight = [float(bool(parts) and parts[-1].target)] * len(last)
-    return (
-        np.concatenate([[vocabulary.bos], *pieces, last]).astype(np.int64),
-        np.concatenate([[0], *weighed, weight]).astype(np.float32),
-    )
+    ids = np.concatenate([[vocabulary.bos], *pieces, last], dtype=np.int64, casting="unsafe")
+    values = [0, *weighed, bool(parts) and parts[-1].target]
+    lengths = [1, *map(len, pieces), len(last)]
+    return ids, np.repeat(np.array(values, np.float32), lengths)
 
 
 def _weight(segment: Segment, vision_weight: float) -> float:
@@ -271,19 +268,18 @@ def serialize(
 
     Raises `DocumentError` for codes of a wrong shape or outside the codebook.
     """
-    pieces: list[np.ndarray] = []
-    if bos:
-        pieces.append(np.array([vocabulary.bos]))
-    for segment in segments:
-        if isinstance(segment, Text):
-            pieces.append(np.array(vocabulary.text.encode(segment.text), np.int64))
-        elif isinstance(segment, End):
-            pieces.append(np.array([vocabulary.eos]))
-        else:
-            pieces.append(_block(segment, vocabulary))
-    if eos:
-        pieces.append(np.array([vocabulary.eos]))
-    return np.concatenate([np.zeros(0, np.int64), *pieces]).astype(np.int64)
+    pieces: list[Any] = [[vocabulary.bos]] if bos else []
+    pieces += [_ids(segment, vocabulary) for segment in segments]
+    pieces += [[vocabulary.eos]] if eos else [[]]
+    return np.concatenate(pieces, dtype=np.int64, casting="unsafe")
+
+
+def _ids(segment: Segment, vocabulary: Vocabulary) -> np.ndarray:
+    if isinstance(segment, Text):
+        return np.array(vocabulary.text.encode(segment.text), np.int64)
+    if isinstance(segment, End):
+        return np.array([vocabulary.eos])
+    return _block(segment, vocabulary)
 
 
 def _block(segment: Image | Video, vocabulary: Vocabulary) -> np.ndarray:
@@ -295,17 +291,22 @@ def _block(segment: Image | Video, vocabulary: Vocabulary) -> np.ndarray:
             f"not {codes.dtype} {list(codes.shape)}"
         )
     if isinstance(segment, Image):
-        template = block_template(vocabulary, *codes.shape)
+        template = _template(vocabulary, *codes.shape)
     else:
         frames, height, width = codes.shape
-        template = block_template(vocabulary, height, width, frames, segment.fps)
+        template = _template(vocabulary, height, width, frames, segment.fps)
     if codes.min() < 0 or codes.max() >= vocabulary.codebook_size:
         raise DocumentError(
             f"code {codes.max() if codes.min() >= 0 else codes.min()} is outside the codebook of "
             f"{vocabulary.codebook_size}: the codes are from another vision tokenizer"
         )
-    template[template == FREE] = codes.reshape(-1).astype(np.int64) + vocabulary.vision_start
-    return template
+    ids = template.copy()
+    ids[ids == FREE] = codes.reshape(-1).astype(np.int64) + vocabulary.vision_start
+    return ids
+
+
+_template = lru_cache(maxsize=64)(block_template)
+"""Pictures of one size are many."""
 
 
 def parse(ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[Segment]:

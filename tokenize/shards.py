@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,6 +95,8 @@ MAX_CODES = 1 << 28
 """Codes in one picture or clip; far over any real one, it bounds what a hostile index asks for."""
 MAX_TEXT_BYTES = 1 << 28
 """Bytes of one text, likewise."""
+MAX_OPEN = 256
+"""Tars that are kept open for reading."""
 
 
 @dataclass(frozen=True)
@@ -410,6 +413,11 @@ class Shards:
         self.manifest = manifest
         self.rates: dict[str, float] = {}
         """What the run that made them did in a second: clips, codes; empty if nothing was done."""
+        self._open: dict[str, int] = {}
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
 
     @classmethod
     def open(cls, directory: str | Path) -> Shards:
@@ -468,8 +476,8 @@ class Shards:
 
         Raises `UnimodalError` naming the shard if its bytes are not what the index says.
         """
-        at = {name: self.index[name][row].as_py() for name in _PLACE}
-        with self._reading(at["shard"], f"the codes of {at['key']}") as tar:
+        at = {name: int(column[row]) for name, column in self._places.items()}
+        with self._reading(row, "the codes of") as tar:
             return self._codes(tar, at)
 
     def segments(self, row: int) -> list[Piece]:
@@ -477,10 +485,9 @@ class Shards:
 
         Raises `UnimodalError` naming the shard if its bytes are not what the index says.
         """
-        at = {name: self.index[name][row].as_py() for name in ("shard", "key", "segments")}
         pieces = []
-        with self._reading(at["shard"], f"the document {at['key']}") as tar:
-            for told in at["segments"] or []:
+        with self._reading(row, "the document") as tar:
+            for told in self.index["segments"][row].as_py() or []:
                 if told["kind"] == "text":
                     pieces.append(Piece(Text(_text(tar, told)), told["role"]))
                     continue
@@ -501,17 +508,32 @@ class Shards:
         return codes
 
     @contextmanager
-    def _reading(self, shard: str, what: str) -> Iterator[int]:
-        """An open descriptor of a tar; whatever goes wrong with it is a `UnimodalError`."""
-        tar = self.path / shard
+    def _reading(self, row: int, what: str) -> Iterator[int]:
+        """A descriptor of a row's tar; whatever goes wrong with it is a `UnimodalError`."""
+        shard = self.manifest["shards"][self._numbers[row]]["name"]
         try:
-            descriptor = os.open(tar, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            try:
-                yield descriptor
-            finally:
-                os.close(descriptor)
+            if shard not in self._open:
+                if len(self._open) >= MAX_OPEN:
+                    os.close(self._open.pop(next(iter(self._open))))
+                flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+                self._open[shard] = os.open(self.path / shard, flags)
+            yield self._open[shard]
         except Exception as error:  # numpy's header parser lets many kinds through
-            raise UnimodalError(f"{tar} does not hold {what} ({error}): {_remedy(tar)}") from error
+            tar, key = self.path / shard, self.index["key"][row].as_py()
+            raise UnimodalError(
+                f"{tar} does not hold {what} {key} ({error}): {_remedy(tar)}"
+            ) from error
+
+    @cached_property
+    def _places(self) -> dict[str, np.ndarray]:
+        """Where the codes of each row are, and their sizes: a Python object for each takes long."""
+        return {name: self.index[name].to_numpy() for name in ("offset", "nbytes", *_SIZE)}
+
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        """Of each row's shard."""
+        names = pa.array([shard["name"] for shard in self.manifest["shards"]], pa.string())
+        return pc.index_in(self.index["shard"], names).to_numpy()
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -545,7 +567,6 @@ def check_ours(out: Path) -> None:
 
 
 _SIZE = ("frames", "height", "width")
-_PLACE = ("shard", "key", "offset", "nbytes", *_SIZE)
 
 
 def _text(tar: int, at: Mapping[str, Any]) -> str:
@@ -587,6 +608,10 @@ def _read_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     The header is believed only after it was compared: numpy would first make room for whatever
     size it names.
     """
+    dtype = np.dtype("<u2" if len(data) < 4 * math.prod(shape) else "<u4")
+    known = _npy_header(shape, dtype.str)  # as we write it: parsing takes ten times as long
+    if data.startswith(known) and len(data) == len(known) + dtype.itemsize * math.prod(shape):
+        return np.frombuffer(data, dtype, offset=len(known)).reshape(shape)
     stream = io.BytesIO(data)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("not an npy file of version 1.0")
@@ -597,6 +622,14 @@ def _read_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     if len(body) != dtype.itemsize * int(np.prod(shape)):
         raise ValueError(f"{len(body)} bytes of codes for {shape}")
     return np.frombuffer(body, dtype).reshape(shape)
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(shape: tuple[int, ...], descr: str) -> bytes:
+    stream = io.BytesIO()
+    told = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, told)
+    return stream.getvalue()
 
 
 def _fill(directory: Path, thing: Vocabulary | VisionTokenizer) -> None:

@@ -52,6 +52,7 @@ class TextTokenizer:
         self._encode = encode
         self._decode = decode
         self._source = source  # the vocabulary file, byte for byte: what `save` writes
+        self._digest = hashlib.sha256(name.encode() + b"\0" + source).hexdigest()
 
     @classmethod
     def load(cls, where: str | Path) -> TextTokenizer:
@@ -96,7 +97,7 @@ class TextTokenizer:
 
     def digest(self) -> str:
         """SHA-256 of the kind and the vocabulary file; equal digests give equal ids."""
-        return hashlib.sha256(self.name.encode() + b"\0" + self._source).hexdigest()
+        return self._digest
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TextTokenizer) and self.digest() == other.digest()

@@ -17,6 +17,8 @@ from unimodal.model.data import Batch
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape, initialise
 from unimodal.model.loss import weighted_cross_entropy
 from unimodal.model.parallel import MeshSettings, joined, whole
+from unimodal.model.recipe import TrainSettings
+from unimodal.model.train import train
 
 # 301 ids: no mesh splits the head evenly. Tensor 2 leaves one key head to each process.
 SHAPE = Shape(width=32, layers=2, heads=4, kv_heads=2, ffn=48, init_std=0.2, qk_norm=True)
@@ -120,3 +122,8 @@ def run(world: int, jobs: Sequence[tuple[Callable[..., None], tuple]]) -> None:
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * world
+
+
+def trained(out: Path, shards: Path, settings: TrainSettings) -> None:
+    """A run of the trainer, as `unimodal train` makes it."""
+    train([shards], out, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from safetensors.torch import load_file
 from unimodal.model.attention import Packed, Share, SharedPacked
 from unimodal.model.decoder import Shape
 from unimodal.model.parallel import Mesh, MeshSettings, joined
+from unimodal.model.train import train
 from unimodal.pipeline.errors import UsageError
+from unimodal.tokenize.shards import Shards
+from unimodal.tokenize.training import read_record
 
 sys.path.append(str(Path(__file__).parent))  # the fork server imports it by its plain name
 import parallel_ranks as ranks  # type: ignore[import-not-found]
@@ -66,6 +70,36 @@ def test_every_mesh_computes_loss_and_gradients_of_one_process(
     ranks.run(world, [(ranks.steps, (mesh, tmp_path, _name(mesh))) for mesh in meshes])
     for mesh in meshes:
         _agrees(alone, tmp_path, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("also", ["ema=0", "ema=0.9", "lora.rank=2", "optimizer.kind=muon"])
+def test_any_mesh_goes_on_with_any_others_checkpoint(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: Callable[..., Any], also: str
+) -> None:
+    # A rising learning rate is the same whatever the number of steps, so that runs can be cut.
+    common = ["optimizer.warmup=50", "accumulate=2", "log.validate_every=3", also]
+    other = "mesh.context=2" if "lora" in also else "mesh.tensor=2"
+
+    def settings(steps: int, *more: str) -> Any:
+        return tiny_settings(f"steps={steps}", *common, *more)
+
+    def records(out: Path) -> list[dict[str, float]]:
+        times, kept = ("tokens_per_s", "elapsed_s"), read_record(out / "metrics.jsonl")
+        return [{k: v for k, v in r.items() if k not in times} for r in kept]
+
+    one, *parts = (tmp_path / name for name in ("one", "shard-one", "one-other", "shard-other"))
+    train([tiny_shards.path], one, settings(6))
+    train([tiny_shards.path], parts[1], settings(3))
+    path = tiny_shards.path
+    jobs = [(ranks.trained, (parts[i], path, settings(3, "mesh.shard=2"))) for i in (0, 2)]
+    jobs += [(ranks.trained, (parts[i], path, settings(6, other))) for i in (1, 2)]
+    ranks.run(2, jobs)
+    train([tiny_shards.path], parts[0], settings(6))
+    for out in parts:
+        assert len(records(out)) == len(records(one)) == 8
+        for ours, theirs in zip(records(out), records(one), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])

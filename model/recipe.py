@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from unimodal.model.blocks import Recompute
-from unimodal.model.checkpoint import weights_config
+from unimodal.model.checkpoint import find, weights_config
 from unimodal.model.data import DataSettings
 from unimodal.model.decoder import Shape
 from unimodal.model.dpo import DPOSettings
@@ -161,10 +161,14 @@ def settings_from(
     sets: Iterable[str] = (),
     init: Path | None = None,
 ) -> TrainSettings:
-    """Defaults, then the shape of the weights `init`, then the recipe, then `layers`, then
-    `key=value` strings."""
+    """Defaults, then the shape of the weights `init` and how they are sampled from, then the
+    recipe, then `layers`, then `key=value` strings."""
     base = load_recipe(recipe, RECIPES) if recipe is not None else {}
-    start = {} if init is None else {"decoder": weights_config(init).shape.model_dump()}
+    start: dict[str, Any] = {}
+    if init is not None:
+        start["decoder"] = weights_config(init).shape.model_dump()
+        if (config := find(init)[0] / "config.toml").is_file():
+            start["sampling"] = load_recipe(config, RECIPES).get("sampling", {})
     return build(TrainSettings, start, base, *layers, sets=sets)
 
 

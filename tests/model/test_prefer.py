@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from unimodal.cli.app import app
 from unimodal.model.dpo import Triplets
 from unimodal.model.prefer import (
     TRIPLETS,
@@ -40,7 +43,7 @@ def checkpoint(
     tiny_settings: Callable[..., TrainSettings],
 ) -> Path:
     out = tmp_path_factory.mktemp("run") / "ckpt"
-    return train([tiny_shards.path], out, tiny_settings("steps=4"))
+    return train([tiny_shards.path], out, tiny_settings("steps=4", "sampling.guidance=1.5"))
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +204,28 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
         read_prompts(tmp_path / "e.txt")
     with pytest.raises(UsageError, match="nowhere cannot be read"):
         read_prompts(tmp_path / "nowhere")
+
+
+def test_the_commands_go_from_prompts_to_a_decoder_that_prefers(
+    tmp_path: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    asked = ["prefer", str(checkpoint), str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "t")]
+    asked += ["-n", "3", "--set", "size=[16, 16]", "--set", "guidance=1", "--json", "-q"]
+    app([*asked, "--score", "brightness"], standalone_mode=False)
+    made = json.loads(capsys.readouterr().out)
+    assert made.pop("path") == str(tmp_path / "t" / "triplets.parquet")
+    assert made == {"prompts": 5, "triplets": 5, "tied": 0, "identical": 0, "unscored": 0}
+    train = ["train", str(tmp_path / "t"), "--recipe", "dpo", "-o", str(tmp_path / "out"), "-q"]
+    train += ["--init", str(checkpoint), "--steps", "2", "--json"]
+    for one in ("data.context=128", "accumulate=1", "log.tensorboard=false"):
+        train += ["--set", one]
+    app(train, standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+    # It has the shape of what it began as, and is drawn from in the same way.
+    config = tomllib.loads((tmp_path / "out" / "config.toml").read_text())
+    assert config["decoder"]["width"] == 32 and config["sampling"]["guidance"] == 1.5
+    with pytest.raises(UsageError, match=r"unknown setting top_q: did you mean top_p"):
+        app([*asked, "--set", "top_q=3"], standalone_mode=False)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import shutil
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from unimodal.model import checkpoint
 from unimodal.model.checkpoint import Learners, Saver, find, latest_step, load_step
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
 from unimodal.model.lora import LoraSettings, adapt, start_adapters
-from unimodal.model.naming import config_record
+from unimodal.model.naming import config_record, read_json
 from unimodal.model.optim import optimizers
 from unimodal.model.recipe import OptimizerSettings
 from unimodal.pipeline.errors import UnimodalError
-from unimodal.tokenize.training import WeightAverage
+from unimodal.tokenize.shards import Shards
+from unimodal.tokenize.training import WeightAverage, read_record
 
 SHAPE = Shape(width=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn=24)
 CONFIG = DecoderConfig(SHAPE, 40, 64)
@@ -192,3 +200,90 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UnimodalError, match=r"model\.safetensors cannot be read"):
         Decoder.load(step)
+
+
+def _command(shards: Shards, out: Path, *sets: str, processes: int = 1) -> list[str]:
+    command = [sys.executable, "-m", "unimodal.cli", "train", str(shards.path), "-o", str(out)]
+    common = ["precision=float32", "accumulate=4", "data.context=128", "log.tensorboard=false"]
+    common += ["decoder.width=32", "decoder.layers=2", "decoder.heads=4", "decoder.ffn=64"]
+    common += ["log.every=1", "optimizer.kind=adamw", "minutes=none", "log.validate_every=0"]
+    if processes > 1:
+        command += ["--nproc", str(processes)]
+    for item in [*common, *sets]:
+        command += ["--set", item]
+    return [*command, "--device", "cpu", "--quiet"]
+
+
+def _losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read_record(out / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sets", [("ema=0.9",), ("lora.rank=2",)], ids=["average", "lora"])
+def test_a_step_of_any_mesh_goes_on_in_any_other(
+    tmp_path: Path, tiny_shards: Shards, sets: tuple[str, ...]
+) -> None:
+    """Only the order of sums differs; the files are the same and load as they are."""
+    sets = (*sets, "steps=6", "checkpoint.every=3", "checkpoint.keep=9")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(name: str, *mesh: str) -> Path:
+        command = _command(tiny_shards, tmp_path / name, *sets, *mesh, processes=1 + bool(mesh))
+        subprocess.run(command, check=True, env=environment, timeout=250)
+        return tmp_path / name
+
+    alone, split = run("alone"), run("split", "mesh.shard=2")
+    for start in (alone, split):
+        shutil.rmtree(start / "step-00000006")
+        (start / "latest").write_text("step-00000003\n")
+        shutil.copytree(start, tmp_path / f"{start.name}-onward")
+    expected = _losses(alone)
+    run("alone-onward", "mesh.context=2")
+    run("split-onward")
+    run("split", "mesh.context=2")
+    for name in ("alone-onward", "split-onward", "split"):
+        assert _losses(tmp_path / name) == pytest.approx(expected, rel=1e-5), name
+        last = tmp_path / name / "step-00000006"
+        files = {path.name for path in (alone / "step-00000003").iterdir()}
+        assert {path.name for path in last.iterdir()} == files
+        transformers.AutoModelForCausalLM.from_pretrained(last)
+        assert Decoder.load(last).config.shape.width == 32
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_of_a_save_there_is_a_whole_checkpoint(
+    tmp_path: Path, tiny_shards: Shards
+) -> None:
+    """Real kill -9, the delay drawn within a save's; and no loss differs from an unkilled run's."""
+    sets = ("steps=400", "checkpoint.every=1", "checkpoint.keep=1", "decoder.width=256")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    rng, inside, reached = random.Random(0), 0, 0
+    for _ in range(7):
+        with subprocess.Popen(_command(tiny_shards, killed, *sets), env=environment) as process:
+            at_least = rng.randrange(3)  # saves of this process
+            while process.poll() is None and _latest(killed) < reached + at_least:
+                time.sleep(0.001)
+            while process.poll() is None and not list(killed.glob(".step-*.tmp")):
+                pass
+            time.sleep(rng.uniform(0, 0.03))
+            process.kill()
+        inside += bool(list(killed.glob(".step-*.tmp")))
+        step = latest_step(killed)
+        if step is not None:  # else killed within the very first
+            Decoder.load(step)
+            load_file(step / "optimizer.safetensors")
+            done = read_json(step / "train.json")["step"]
+            assert reached <= done == _latest(killed)
+            reached = done
+    assert inside >= 2 and reached >= 3
+    with subprocess.Popen(_command(tiny_shards, whole, *sets), env=environment) as process:
+        while process.poll() is None and _latest(whole) < reached:
+            time.sleep(0.05)
+        process.terminate()
+    assert _losses(whole)[:reached] == _losses(killed)[:reached]
+
+
+def _latest(out: Path) -> int:
+    pointer = out / "latest"
+    return int(pointer.read_text().strip()[5:]) if pointer.exists() else 0

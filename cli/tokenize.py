@@ -25,7 +25,8 @@ def tokenize(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of shards.")] = Path("shards"),
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Vision tokenizer: small, or a directory.")
+        str | None,
+        typer.Option("--tokenizer", help="Vision tokenizer: small, small-16k or a directory."),
     ] = None,
     vocabulary: Annotated[
         str | None, typer.Option("--vocabulary", help="bytes, emu3:FILE, or a tokenizer file.")
@@ -42,6 +43,10 @@ def tokenize(
     retry: Annotated[
         bool,
         typer.Option("--retry-quarantined", help="Do shards with unreadable files again."),
+    ] = False,
+    captions: Annotated[
+        bool,
+        typer.Option("--captions", help="Only take the run's captions over into these shards."),
     ] = False,
     plan: options.Plan = False,
     strict: options.Strict = False,
@@ -69,6 +74,15 @@ def tokenize(
         sets=sets or [],
     )
     things = [console.from_stdin(thing) for thing in things]
+    if captions:
+        from unimodal.tokenize.refresh import refresh
+
+        if plan or len(things) != 1:
+            raise UsageError("--captions takes one run, and no --plan")
+        changed = refresh(Path(things[0]), out, console.progress(quiet))
+        console.table(f"captions in {out}", list(changed.items()), quiet)
+        console.result(out, changed, json)
+        return
     if plan:
         driver = stage.driver_of(engine.value, address, device)
         _plan(things, out, settings, limit, driver, json)

@@ -29,8 +29,6 @@ from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import pyarrow as pa
-
 from unimodal.pipeline import fetch, media
 from unimodal.pipeline.bounds import Limits
 from unimodal.pipeline.errors import MediaError, UsageError, full_disk, reason
@@ -39,6 +37,7 @@ from unimodal.pipeline.parts import read_parts
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.run import Run
 from unimodal.pipeline.settings import build
+from unimodal.pipeline.where import rows_where
 
 VERSION = 1
 
@@ -93,7 +92,7 @@ def export_clips(
         raise UsageError(f"crf {crf}: the H.264 encoder takes 0 (lossless) to 51")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file is in the way; name another -o")
-    rows = _chosen(run, where)
+    rows = run.clips.take(rows_where(run.clips, where, "clips")).to_pylist()
     how = {"version": VERSION, "mode": mode, "crop": crop, "crf": crf if mode == "exact" else None}
     limits = build(Limits, run.info["settings"]["limits"])
     sources = {s.uri: s for part in read_parts(run.path / "parts.parquet") for s in part.sources}
@@ -128,23 +127,6 @@ def export_clips(
         raise full_disk(error, out) or error from error
     progress.end("clips")
     return done
-
-
-def _chosen(run: Run, where: str) -> list[dict[str, Any]]:
-    import duckdb
-
-    # A condition may come from a stranger's script: no files, no extensions.
-    config: dict[str, Any] = {"enable_external_access": "false", "lock_configuration": "true"}
-    clips = run.clips
-    with duckdb.connect(":memory:", config=config) as database:
-        database.register("clips", clips.append_column("row", pa.array(range(clips.num_rows))))
-        try:
-            rows = database.sql(f"SELECT row FROM clips WHERE ({where}\n) ORDER BY row")
-            chosen = rows.to_arrow_table().column("row")
-        except duckdb.Error as error:
-            line = str(error).splitlines()[0]
-            raise UsageError(f'the condition "{where}" cannot be evaluated: {line}') from error
-    return clips.take(chosen).to_pylist()
 
 
 def _complete(out: Path, uid: str, how: Mapping[str, Any]) -> dict[str, Any] | None:

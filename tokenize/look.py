@@ -14,15 +14,13 @@ import io
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
 
 from unimodal.pipeline import report
@@ -34,9 +32,10 @@ from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.report.charts import histogram
 from unimodal.pipeline.report.words import count, cut_off, share, table
 from unimodal.tokenize.device import out_of_memory
-from unimodal.tokenize.document import block_length
+from unimodal.tokenize.document import Text, parts_length
 from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings, windows
 from unimodal.tokenize.shards import Shards
+from unimodal.tokenize.stats import SIZE, Statistics, size_length
 from unimodal.tokenize.unit import exact_arithmetic, image_pixels, video_pixels
 from unimodal.tokenize.vocabulary import Vocabulary
 
@@ -272,11 +271,13 @@ def _stored(
     if row is None:
         return _overview(shards, eye)
     told = shards.index.slice(row, 1).to_pylist()[0]
+    if told["task"] != "caption":
+        return _document(shards, row, told, eye)
     codes = shards.codes(row).astype(np.int64)
     painted = eye.paint(codes, told["kind"] == "image")
     names = ("key", "uid", "split", "start_s", "end_s", "fps", "source_sha256", "shard")
     facts: Figures = {name: told[name] for name in names if told[name] is not None}
-    figures = _counted(codes, trained.codebook_size, _length(shards, told), painted)
+    figures = _counted(codes, trained.codebook_size, size_length(told, shards.vocabulary), painted)
     figures = {"kind": "sample", **facts, **figures}
     captions = [(c["style"], c["lang"], c["text"], c["tokens"]) for c in told["captions"]]
     body = [
@@ -287,20 +288,47 @@ def _stored(
     return figures | {"captions": told["captions"]}, h("div", body)
 
 
+def _document(shards: Shards, row: int, told: Figures, eye: _Eye) -> tuple[Figures, Html]:
+    """A sample of several pieces, in their order."""
+    shown: list[Html] = []
+    pictures: list[tuple[str, np.ndarray]] = []
+    codes: list[np.ndarray] = []
+    for piece in shards.segments(row):
+        name = f"{piece.role}: " if told["task"] in ("chat", "edit") else ""
+        if isinstance(piece.segment, Text):
+            words = cut_off(piece.segment.text, 4000)
+            shown.append(h("p", h("b", name), words, class_="caption", dir="auto"))
+            continue
+        segment = piece.segment.codes.astype(np.int64)
+        image = segment.ndim == 2
+        about = f"{_by(segment.shape)} codes"
+        painted = eye.paint(segment[None] if image else segment[len(segment) // 2][None], image)
+        shown.append(_figure(f"{name}picture {len(pictures) + 1}", about, painted[0]))
+        pictures.append((str(len(pictures) + 1), painted[0]))
+        codes.append(segment.reshape(-1))
+    if pictures:
+        _sheet(eye.stem, pictures, STRIP)
+    names = ("key", "task", "split", "source_sha256", "shard")
+    facts: Figures = {name: told[name] for name in names}
+    tokens = parts_length(told["task"], told["segments"], shards.vocabulary)
+    flat = np.concatenate([np.zeros(0, np.int64), *codes])
+    used = _used(flat, eye.tokenizer.codebook_size)
+    figures = {"kind": "document", **facts, "codes": len(flat), "tokens": tokens, **used}
+    figures |= {"pictures": len(pictures), "segments": told["segments"]}
+    rows = ((name, str(value)) for name, value in facts.items())
+    return figures, h("div", shown, _tiles(figures), table(("Of the index", ""), rows))
+
+
 def _overview(shards: Shards, eye: _Eye | None) -> tuple[Figures, Html]:
     """What a shard directory holds, from its index and a bounded number of its codes."""
     index, totals, files = shards.index, shards.manifest["totals"], shards.manifest["shards"]
     book = int(shards.manifest["vision_tokenizer"]["codebook_size"])
-    columns = ["kind", "frames", "height", "width", "fps"]
-    sizes = index.group_by(columns).aggregate([([], "count_all")]).to_pylist()
-    sizes.sort(key=lambda size: (-size["count_all"], *map(str, size.values())))
-    lengths = [_length(shards, size) for size in sizes]
-    numbers = [size["count_all"] for size in sizes]
-    said = pa.Table.from_struct_array(pc.list_flatten(index["captions"]).combine_chunks())
-    said = said.group_by(["style", "lang"]).aggregate([([], "count_all"), ("tokens", "sum")])
-    captions = said.sort_by([("count_all", "descending")]).to_pylist()
-    some = _even(len(index), max(1, SAMPLED * len(index) // totals["vision_codes"]))
-    codes = np.concatenate([shards.codes(row).reshape(-1) for row in some])
+    statistics = Statistics(shards)
+    counted = statistics.record()
+    sizes, captions = counted["sizes"], counted["captions"]
+    most = max(1, SAMPLED * len(index) // max(1, totals["vision_codes"]))
+    some = [one.reshape(-1) for row in _even(len(index), most) for one in _codes(shards, row)]
+    codes = np.concatenate([np.zeros(0, np.uint16), *some])
     counts = np.bincount(codes, minlength=book)
     figures: Figures = {
         "kind": "shards",
@@ -310,10 +338,7 @@ def _overview(shards: Shards, eye: _Eye | None) -> tuple[Figures, Html]:
         "shards": len(files),
         "bytes": sum(shard["bytes"] for shard in files),
         "codes": totals["vision_codes"],
-        "tokens": sum(n * each for n, each in zip(numbers, lengths, strict=True)),
-        "captions": captions,
-        "uncaptioned": int((pc.list_value_length(index["captions"]).to_numpy() == 0).sum()),
-        "sizes": sizes,
+        **counted,
         "counted": len(codes),
         **_used(codes, book),
     }
@@ -323,22 +348,33 @@ def _overview(shards: Shards, eye: _Eye | None) -> tuple[Figures, Html]:
     shapes = [
         (
             size["kind"],
-            _by(size[name] for name in columns[1 if size["fps"] else 2 : 4]),
+            _by(size[name] for name in SIZE[1 if size["fps"] else 2 : 4]),
             f"{size['fps']:g}" if size["fps"] else "",
             f"{size['count_all']:,}",
         )
         for size in sizes[:10]
     ]
     panels = [
-        ("Tokens of a sample", "without its captions", np.repeat(lengths, numbers)),
+        ("Tokens of a sample", "without its captions", statistics.tokens),
         ("Uses of a code", f"of those that occur among {len(codes):,}", counts[counts > 0]),
     ]
     drawn = []
     for name, about, values in panels:
+        if not len(values):
+            continue
         chart = histogram(values, values[:0], [], f"{name}: {values.min()} to {values.max()}")
         drawn.append(h("figure", h("figcaption", h("b", name), about), chart, class_="panel"))
-    sheet = [h("h3", "Painted from the codes"), _contact(shards, eye)] if eye else None
+    sheet = (
+        [h("h3", "Painted from the codes"), _contact(shards, eye)] if eye and len(codes) else None
+    )
+    made = [
+        (t["task"], t["kind"], t["split"], f"{t['count_all']:,}", f"{t['tokens_sum']:,}")
+        for t in counted["tasks"]
+    ]
+    context = [(name, f"{n:,}") for name, n in counted["lengths"].items()]
     tables = [
+        table(("Task", "Kind", "Split", "Samples", "Tokens"), made),
+        table(("Length of a document", "Tokens"), context),
         table(("Captions", "Language", "Number", "Tokens"), spoken),
         table(("Kind", "Codes", "Pictures a second", "Samples"), shapes),
     ]
@@ -351,8 +387,10 @@ def _contact(shards: Shards, eye: _Eye) -> Html:
     cards, pictures = [], []
     for row in _even(len(shards.index), SHEET):
         told = shards.index.slice(row, 1).to_pylist()[0]
-        codes = shards.codes(row)
-        image = told["kind"] == "image"
+        first = next(_codes(shards, row), None)
+        if first is None:
+            continue
+        codes, image = first, told["kind"] != "video"
         picture = eye.paint(codes[len(codes) // 2][None], image)[0]
         when = "" if image else f", {told['start_s']:.1f} to {told['end_s']:.1f} s"
         about = f"{_by(codes.shape[image:])} codes{when}; {told['split']}"
@@ -364,6 +402,17 @@ def _contact(shards: Shards, eye: _Eye) -> Html:
         pictures.append((told["key"], picture))
     _sheet(eye.stem, pictures, 4)
     return h("div", cards, class_="grid")
+
+
+def _codes(shards: Shards, row: int) -> Iterator[np.ndarray]:
+    """Codes [T, H, W] of each picture or clip of a sample."""
+    if shards.index["task"][row].as_py() == "caption":
+        yield shards.codes(row)
+        return
+    for piece in shards.segments(row):
+        if not isinstance(piece.segment, Text):
+            codes = piece.segment.codes
+            yield codes[None] if codes.ndim == 2 else codes
 
 
 def _place(thing: str) -> tuple[Path, str | None] | None:
@@ -423,12 +472,6 @@ def _clip(uri: str, seconds: float) -> Figures:
     return row | {"start_s": 0.0, "end_s": float((end - pts[0]) * tick)}
 
 
-def _length(shards: Shards, told: Mapping[str, Any]) -> int:
-    """Tokens of a sample's vision block."""
-    moving = (told["frames"], told["fps"]) if told["kind"] == "video" else ()
-    return block_length(shards.vocabulary, told["height"], told["width"], *moving)
-
-
 def _counted(codes: np.ndarray, book: int, tokens: int, painted: np.ndarray) -> Figures:
     """Figures of codes [T, h, w] that stand for the pictures `painted` [F, H, W, 3]."""
     bits = codes.size * math.log2(book)
@@ -449,6 +492,8 @@ def _used(codes: np.ndarray, book: int) -> Figures:
 
     from unimodal.tokenize.vision.metrics import codebook_usage
 
+    if not codes.size:
+        return {"codebook": book, "distinct": 0, "perplexity": 0.0}
     used, perplexity = codebook_usage(torch.from_numpy(codes.astype(np.int64)), book)
     return {"codebook": book, "distinct": round(used * book), "perplexity": perplexity}
 
@@ -490,6 +535,8 @@ def _heading(thing: str, figures: Figures) -> list[Html]:
         claim = count(figures["samples"], "sample")
         about = f"{count(figures['images'], 'image')} and {count(figures['windows'], 'window')} of "
         about += f"videos in {count(figures['shards'], 'shard')}; {figures['val']:,} to validate"
+    elif figures["kind"] == "document":
+        about = f"task {figures['task']}: {count(figures['pictures'], 'picture')}"
     else:
         about += f" of {count(figures['pictures'], 'picture')}, {_by(figures['size'])} pixels"
     if "psnr" in figures:
@@ -509,7 +556,7 @@ def _tiles(figures: Figures) -> Html:
     book, grid = figures["codebook"], figures.get("grid", [])
     tiles = [
         ("Codes", f"{figures['codes']:,}", _by(grid[0 if "fps" in figures else 1 :])),
-        ("Tokens", f"{figures['tokens']:,}", "of vision blocks"),
+        ("Tokens", f"{figures['tokens']:,}", "of documents, and of blocks to be captioned"),
         (
             "Codebook used",
             share(figures["distinct"], book),
@@ -526,7 +573,7 @@ def _tiles(figures: Figures) -> Html:
         said = sum(caption["count_all"] for caption in figures["captions"])
         tiles += [
             ("Captions", f"{said:,}", f"{count(figures['uncaptioned'], 'sample')} without"),
-            ("Quarantined", f"{figures['quarantined']:,}", "clips left out"),
+            ("Quarantined", f"{figures['quarantined']:,}", "inputs left out"),
         ]
     parts = (h("div", h("dt", k), h("dd", h("b", v), h("span", about))) for k, v, about in tiles)
     return h("dl", parts, class_="tiles")

@@ -413,15 +413,21 @@ def windows(
 
 
 def window_captions(window: Window) -> list[dict[str, Any]]:
-    """Captions {style, lang, text} that speak of a window, by precedence.
+    """Captions {style, lang, text} that speak of a window, by precedence."""
+    return captions_of(window.clip.get("captions"), *window.span())
+
+
+def captions_of(
+    captions: Iterable[Mapping[str, Any]] | None, start: float | None, end: float | None
+) -> list[dict[str, Any]]:
+    """Of a clip's captions those that speak of a window of it, by precedence.
 
     Those of the whole clip all do; of those with a time span, the one of each style and
-    language that overlaps the window most.
+    language that overlaps the window most. `start` and `end` are None for an image.
     """
-    start, end = window.span()
     chosen: list[dict[str, Any]] = []
     best: dict[tuple[Any, Any], tuple[float, int]] = {}
-    for caption in window.clip.get("captions") or []:
+    for caption in captions or []:
         if not caption["text"] or caption.get("status") not in (None, "", "ok"):
             continue
         kept = {key: caption.get(key) for key in ("style", "lang", "text")}

@@ -22,10 +22,10 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,6 +130,9 @@ class VisionTokenizer(Protocol):
     def codebook_size(self) -> int: ...
 
     @property
+    def spatial_factor(self) -> int: ...
+
+    @property
     def digest(self) -> str: ...
 
     def save(self, directory: Path) -> None: ...
@@ -164,6 +167,7 @@ class ShardWriter:
             "vision_tokenizer": {
                 "digest": tokenizer.digest,
                 "codebook_size": tokenizer.codebook_size,
+                "spatial_factor": tokenizer.spatial_factor,
             },
             "vocabulary": {"digest": vocabulary.digest(), "size": vocabulary.size},
             "settings": dict(settings),
@@ -192,14 +196,14 @@ class ShardWriter:
         if not (tar.is_file() and index.is_file()):
             return False
         try:
-            unit = _unit(index)
+            unit = unit_of(index)
         except (OSError, ValueError, KeyError, pa.ArrowException):
             return False
         return unit["digest"] == digest and unit["tar_bytes"] == tar.stat().st_size
 
     def lost(self, number: int) -> list[dict[str, str]]:
         """Rows {uri, reason} of what finished shard `number` had to leave out."""
-        return list(_unit(shard_paths(self.out, number)[1])["quarantine"])
+        return list(unit_of(shard_paths(self.out, number)[1])["quarantine"])
 
     def begin(self, numbers: Iterable[int]) -> None:
         """From here on the directory is unfinished, and these shards are to be written."""
@@ -244,7 +248,7 @@ class ShardWriter:
         self.codes = []
         for number in range(count):
             tar, index = shard_paths(self.out, number)
-            unit = _unit(index)
+            unit = unit_of(index)
             lost += unit["quarantine"]
             rows = read_parquet(index, columns=["split", *_SIZE, "segments"])
             inner = pa.Table.from_struct_array(pc.list_flatten(rows["segments"]))
@@ -317,17 +321,36 @@ def write_shard(
     samples: Iterable[Sample],
     quarantine: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Write one shard: the tar, then its index, which is the commit mark.
+    """Write one shard of samples.
 
     `header` is the manifest's, `scores` name the columns behind those of `INDEX`, `digest` is the
     unit's; `quarantine` are rows {uri, reason} of what it could not tokenize.
     """
+    codebook, name = (
+        int(header["vision_tokenizer"]["codebook_size"]),
+        shard_paths(out, number)[0].name,
+    )
+    ordered = sorted(samples, key=lambda sample: sample.key)
+    adds = (partial(_add, sample=sample, shard=name, codebook=codebook) for sample in ordered)
+    commit_shard(out, number, scores, digest, adds, quarantine)
+
+
+def commit_shard(
+    out: Path,
+    number: int,
+    scores: Sequence[str],
+    digest: str,
+    adds: Iterable[Callable[[io.BufferedWriter], dict[str, Any]]],
+    quarantine: Sequence[Mapping[str, str]] = (),
+) -> None:
+    """Write a tar, then its index, which is the commit mark.
+
+    Each of `adds` appends the members of one sample to the tar and returns its row of the index.
+    """
     tar, index = shard_paths(out, number)
     index.unlink(missing_ok=True)  # an index never stands beside another tar than its own
-    rows, codebook = [], int(header["vision_tokenizer"]["codebook_size"])
     with atomic(tar) as temporary, temporary.open("wb") as file:
-        for sample in sorted(samples, key=lambda sample: sample.key):
-            rows.append(_add(file, sample, tar.name, codebook))
+        rows = [add(file) for add in adds]
         file.write(bytes(2 * tarfile.BLOCKSIZE))
         size = file.tell()
     unit = {"digest": digest, "tar_bytes": size, "quarantine": [dict(q) for q in quarantine]}
@@ -337,7 +360,7 @@ def write_shard(
 
 
 def _add(file: io.BufferedWriter, sample: Sample, shard: str, codebook: int) -> dict[str, Any]:
-    """Append the two members of a sample; returns its index row."""
+    """Append the members of a sample; returns its index row."""
     if not _KEY.fullmatch(sample.key):
         raise ValueError(f"{sample.key!r} cannot be a sample key")
     data = None if sample.codes is None else _npy(sample.codes, codebook, sample.key)
@@ -585,9 +608,10 @@ def _codes_in(rows: pa.Table) -> int:
 def _upgraded(table: pa.Table) -> pa.Table:
     """An index of format 1 with the columns that it lacks."""
     at = INDEX.get_field_index("task")
-    for number, column in enumerate((["caption"], [None])):
-        field = INDEX.field(at + number)
-        table = table.add_column(at + number, field, pa.array(column * len(table), field.type))
+    columns = [["caption"] * len(table), [None] * len(table)]
+    for position, column in enumerate(columns, at):
+        known = INDEX.field(position)
+        table = table.add_column(position, known, pa.array(column, known.type))
     return table
 
 
@@ -641,7 +665,7 @@ def _fill(directory: Path, thing: Vocabulary | VisionTokenizer) -> None:
     temporary.rename(directory)
 
 
-def _unit(index: Path) -> dict[str, Any]:
+def unit_of(index: Path) -> dict[str, Any]:
     """What the writer noted in an index file: digest, tar_bytes, quarantine."""
     return json.loads((pq.read_schema(index).metadata or {})[b"unimodal"])
 

@@ -50,6 +50,26 @@ def test_json_has_a_record_a_thing(call: Call, tmp_path: Path, emoji: list[Path]
     assert "no.png" in err
 
 
+def test_shards_are_counted_filtered_and_merged(call: Call, tmp_path: Path) -> None:
+    from unimodal.tokenize.run import TokenizeSettings, tokenize
+
+    texts = [json.dumps({"text": f"text {n}", "score": n}) for n in range(6)]
+    for name, some in (("a", texts[:4]), ("b", texts[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(some))
+        tokenize(tmp_path / f"{name}.jsonl", tmp_path / name, TokenizeSettings(), engine="inline")
+    both = (tmp_path / "a", tmp_path / "b")
+    code, out, err = call(*both, "--where", "score >= 2", "-o", tmp_path / "c", "--json")
+    assert code == 0 and json.loads(out)["samples"] == 5
+    assert "copied: 5 of 5 samples" in err
+    code, out, err = call(tmp_path / "c", "-o", tmp_path / "page")
+    assert (code, out) == (0, f"{tmp_path / 'page' / 'index.html'}\n")
+    assert "text document train" in err and "5 samples, 40 tokens" in err and "p50 8" in err
+    code, out, err = call(*both, "--where", "scorr >= 2", "-o", tmp_path / "d")
+    assert (code, out) == (2, "") and "nearest column is score" in err
+    code, _, err = call(*both, "--where", "true")
+    assert code == 2 and "-o NEW" in err and not (tmp_path / "d").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

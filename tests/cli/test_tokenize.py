@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from unimodal.cli.app import app
-from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.presets import CurateSettings
 from unimodal.pipeline.run import curate
 from unimodal.pipeline.settings import build
@@ -36,6 +36,42 @@ def test_the_plan_tells_units_engine_and_size_and_makes_nothing(
     assert (told["shards"], told["clips"], told["vision_codes"]) == (3, 5, 5 * 64)
     assert told["engine"] == "local" and told["disk_bytes"] > 2 * told["vision_codes"]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_says_what_is_done_in_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    texts = [str(tmp_path / "a.txt"), "-o", str(tmp_path / "s"), "--json", "--quiet"]
+    texts += ["--engine", "inline", "--set", "text_by=line"]
+
+    def planned(*more: str) -> tuple[int, int, int]:
+        app(["tokenize", *texts, *more, "--plan"], standalone_mode=False)
+        told = json.loads(capsys.readouterr().out)
+        return told["done"], told["shards"], told["rows"]
+
+    assert planned() == (0, 1, 3) and not (tmp_path / "s").exists()
+    app(["tokenize", *texts], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["samples"] == 3
+    before = {path: path.read_bytes() for path in (tmp_path / "s").glob("*.*")}
+    assert planned() == (1, 1, 3)
+    assert planned("--set", "batch=1") == (1, 1, 3)  # less memory, the same codes
+    with pytest.raises(UnimodalError, match="text_by was 'line', now 'file'"):
+        planned("--set", "text_by=file")
+    assert {path: path.read_bytes() for path in (tmp_path / "s").glob("*.*")} == before
+
+
+def test_captions_are_taken_over_by_the_command(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = [str(run), "-o", str(tmp_path / "s"), "--json", "--quiet"]
+    app(["tokenize", *out, "--area", "1024", "--engine", "inline"], standalone_mode=False)
+    capsys.readouterr()
+    app(["tokenize", *out, "--captions"], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["samples"], told["changed"], told["unknown"]) == (5, 0, 0)
+    with pytest.raises(UsageError, match="--captions takes one run"):
+        app(["tokenize", *out, "--captions", "--plan"], standalone_mode=False)
 
 
 def test_one_certain_gpu_is_for_one_process() -> None:

@@ -240,6 +240,28 @@ def test_shards_are_counted_by_their_index(tmp_path: Path, shards: Path) -> None
     assert seen["tokens"] == sum(one["tokens"] for one in each_one)
 
 
+def test_documents_are_counted_and_shown_piece_by_piece(tmp_path: Path, picture: Path) -> None:
+    rows: list[dict[str, Any]] = [{"content": ["A cup <b>", {"image": str(picture)}, "of coffee"]}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
+    (tmp_path / "b.txt").write_text("words alone")
+    both = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
+    made = tokenize(both, tmp_path / "s", SMALL, engine="inline")
+    page, (seen,) = look([str(made.path)], tmp_path / "o", SMALL)
+    assert (seen["samples"], seen["images"], seen["uncaptioned"]) == (2, 1, 0)
+    assert [(t["task"], t["count_all"]) for t in seen["tasks"]] == [("interleaved", 1), ("text", 1)]
+    assert seen["counted"] == seen["codes"] == made.manifest["totals"]["vision_codes"]
+    things = [f"{made.path}#{key}" for key in made.index["key"].to_pylist()]
+    page, each = look(things, tmp_path / "o", SMALL)
+    assert seen["tokens"] == sum(one["tokens"] for one in each)
+    assert sorted(one["pictures"] for one in each) == [0, 1]
+    text = Parts(page).text
+    assert "A cup <b>" in text and text.index("A cup") < text.index("of coffee")
+    assert "words alone" in text
+    alone = tokenize(tmp_path / "b.txt", tmp_path / "t", SMALL, engine="inline")  # without a code
+    _, (words,) = look([str(alone.path)], tmp_path / "q", SMALL)
+    assert (words["codes"], words["distinct"], words["tokens"]) == (0, 0, 13)
+
+
 def test_shards_without_weights_are_counted_but_not_painted(
     tmp_path: Path, shards: Path, film: Path
 ) -> None:

@@ -68,6 +68,21 @@ def test_half_a_character_decodes_to_a_replacement() -> None:
     assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"
 
 
+def test_emu3s_control_strings_in_text_are_ordinary_text(qwen_ranks: Path) -> None:
+    tokenizer = TextTokenizer.load(qwen_ranks)
+    text = "<|endoftext|><|image start|>90*90<|image token|><|visual token 000001|><|extra_204|>"
+    ids = tokenizer.encode(text)
+    assert max(ids) < tokenizer.size == 151_643 and tokenizer.decode(ids) == text
+
+
+def test_qwens_pattern_is_not_gpt2s(qwen_ranks: Path) -> None:
+    """Newlines stay together and apart from words; digits stay alone; text is NFC."""
+    tokenizer = TextTokenizer.load(qwen_ranks)
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode("line1\n\n\nline2\n 12")]
+    assert pieces == ["line", "1", "\n\n\n", "line", "2", "\n", " ", "1", "2"]
+    assert tokenizer.encode("e\u0301") == tokenizer.encode("é")
+
+
 def test_control_strings_in_text_are_ordinary_text(tmp_path: Path) -> None:
     text = "<|im_end|><|image start|><|extra_203|>"
     for where in (

@@ -10,6 +10,7 @@ import pytest
 
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.tokenize import vocabulary as module
+from unimodal.tokenize.document import Image, serialize
 from unimodal.tokenize.text import TextTokenizer
 from unimodal.tokenize.vocabulary import SPECIALS, Vocabulary
 
@@ -43,6 +44,34 @@ def test_emu3_ids_are_the_published_ones(tmp_path: Path) -> None:
     assert (vocabulary.boi, vocabulary.img, vocabulary.eoi) == (151_852, 151_851, 151_853)
     assert (vocabulary.eol, vocabulary.eof) == (151_846, 151_847)
     assert (vocabulary.vision_start, vocabulary.codebook_size) == (151_854, 32_768)
+
+
+def test_emu3_has_every_id_where_its_release_has_it(tmp_path: Path) -> None:
+    """The release lists its ids as names in a row, behind the ranks of its BPE."""
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    names += [f"<|extra_{i}|>" for i in range(205)]
+    names += ["<|image token|>", "<|image start|>", "<|image end|>"]
+    names += [f"<|visual token {code:06d}|>" for code in range(32_768)]
+    released = {name: 151_643 + i for i, name in enumerate(names)}
+    vocabulary = Vocabulary.emu3(fake_qwen(tmp_path / "fake.tiktoken"))
+    assert vocabulary.size == 151_643 + len(names)
+    assert vocabulary.specials == {
+        "pad": released["<|endoftext|>"],
+        "bos": released["<|extra_203|>"],
+        "eos": released["<|extra_204|>"],
+        "img": released["<|image token|>"],
+        "boi": released["<|image start|>"],
+        "eoi": released["<|image end|>"],
+        "eol": released["<|extra_200|>"],
+        "eof": released["<|extra_201|>"],
+    }
+    ids = np.arange(vocabulary.size)
+    vision = [released[f"<|visual token {code:06d}|>"] for code in range(32_768)]
+    np.testing.assert_array_equal(np.flatnonzero(vocabulary.is_vision(ids)), vision)
+    np.testing.assert_array_equal(np.flatnonzero(vocabulary.is_text(ids)), np.arange(151_643))
+    codes = np.arange(32_768).reshape(256, 128)
+    written = serialize([Image(codes)], vocabulary)
+    assert written[vocabulary.is_vision(written)].tolist() == vision
 
 
 def test_emu3_refuses_other_ranks() -> None:

@@ -1,0 +1,36 @@
+"""Which rows of a table hold for a condition that a user wrote: SQL, and nothing but the table."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+import pyarrow as pa
+
+from unimodal.pipeline.errors import UsageError
+
+
+def rows_where(table: pa.Table, where: str, name: str) -> pa.Array:
+    """Numbers of the rows of `table`, which the condition may call `name`, that hold for `where`.
+
+    Raises `UsageError` for a condition that cannot be evaluated, with the nearest column for one
+    that is not there.
+    """
+    import duckdb
+
+    # A condition may come from a stranger's script: no files, no extensions.
+    config: dict[str, Any] = {"enable_external_access": "false", "lock_configuration": "true"}
+    with duckdb.connect(":memory:", config=config) as database:
+        database.register(name, table.append_column("row", pa.array(range(table.num_rows))))
+        try:
+            rows = database.sql(f"SELECT row FROM {name} WHERE ({where}\n) ORDER BY row")
+            return rows.to_arrow_table().column("row").combine_chunks()
+        except duckdb.Error as error:
+            said = str(error).splitlines()[0]
+            missing = re.search(r'column "(.+?)" not found', said)
+            near = missing and difflib.get_close_matches(missing[1], table.column_names, 1, 0)
+            hint = f"; the nearest column is {near[0]}" if near else ""
+            raise UsageError(
+                f'the condition "{where}" cannot be evaluated: {said}{hint}'
+            ) from error

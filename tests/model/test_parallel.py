@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from unimodal.model.attention import Packed, Share, SharedPacked
+from unimodal.model.checkpoint import latest_step, to_toml
 from unimodal.model.decoder import Shape
 from unimodal.model.parallel import Mesh, MeshSettings, joined
 from unimodal.model.train import train
@@ -157,3 +160,50 @@ def test_a_mesh_that_does_not_fit_is_refused_in_one_line(monkeypatch: Any) -> No
     ):
         mesh.check(shape, accumulate=3)
     mesh.check(Shape(width=48, heads=6, kv_heads=3, ffn=48), accumulate=4)
+
+
+@pytest.mark.slow
+def test_torchrun_and_nproc_launch_what_stops_and_goes_on_as_one(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: Callable[..., Any]
+) -> None:
+    settings = tiny_settings("optimizer.warmup=200", "accumulate=2", "log.sample_every=4")
+    (tmp_path / "recipe.toml").write_text(to_toml(settings.model_dump(mode="json")))
+    python = [sys.executable, "-m"]
+    torchrun = [*python, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    common = ["unimodal.cli", "train", "-", "--recipe", "recipe.toml", "--quiet", "-o"]
+
+    def start(*command: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+        assert process.stdin is not None
+        process.stdin.write(f"{tiny_shards.path}\n")
+        process.stdin.close()
+        process.stdin = None
+        return process
+
+    plain = [str(tiny_shards.path) if word == "-" else word for word in common]
+    ways = {
+        "alone": [*python, *common, "alone", "--steps", "4"],
+        "torchrun": [*torchrun, *plain, "torchrun", "--steps", "4", "--set", "mesh.shard=2"],
+        "nproc": [*python, *common, "nproc", "--steps", "4", "--nproc=2", "--set=mesh.tensor=2"],
+    }
+    last = {}
+    for name, command in ways.items():
+        out, errors = start(*command).communicate()
+        assert out == f"{name}\n", errors
+        assert (tmp_path / name / "samples" / "step-00000004.png").is_file()
+        last[name] = read_record(tmp_path / name / "metrics.jsonl")[-1]["loss"]
+    assert list(last.values()) == pytest.approx([last["alone"]] * 3, rel=1e-5)
+
+    sets = ["--nproc", "2", "--set", "mesh.context=2", "--set", "log.sample_every=0"]
+    long = start(*python, *common, "nproc", "--steps", "100000", *sets)
+    while read_record(tmp_path / "nproc" / "metrics.jsonl")[-1]["step"] < 6:
+        assert long.poll() is None
+        time.sleep(0.1)
+    long.terminate()
+    out, errors = long.communicate(timeout=60)
+    assert (long.returncode, out) == (1, "")
+    assert errors.startswith("unimodal: stopped by SIGTERM at step ") and errors.count("\n") == 1
+    assert latest_step(tmp_path / "nproc") != tmp_path / "nproc" / "step-00000004"

@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, help="directory of unimodal demo")
     parser.add_argument("--out", type=Path, help="keep what is made here")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60, help="of DPO")
+    parser.add_argument("--steps", type=int, default=40, help="of DPO")
     parser.add_argument("--lr", type=float, default=3e-4, help="of DPO")
     arguments = parser.parse_args()
     DPO["optimizer"]["lr"] = arguments.lr

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from unimodal.model.attention import Packed
+from unimodal.model.attention import Packed, SharedPacked
 from unimodal.model.decoder import Block, Decoder
 
 Recompute = Literal["none", "selective", "full"]
@@ -32,7 +32,8 @@ def prepare(decoder: Decoder, recompute: Recompute = "none", compiled: bool = Fa
     """
     if compiled:
         # Traced, a call would be compiled for every pack anew: it depends on its lengths.
-        Packed.attend = torch.compiler.disable(Packed.attend)  # type: ignore[method-assign]
+        for kind in (Packed, SharedPacked):
+            kind.attend = torch.compiler.disable(kind.attend)  # type: ignore[method-assign]
     for block in decoder.model.layers:
         assert isinstance(block, Block)
         fast: Callable[..., Any] = block.forward

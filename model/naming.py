@@ -123,7 +123,10 @@ def _files(directory: Path) -> list[Path]:
     files = [directory / WEIGHTS]
     index = directory / f"{WEIGHTS}.index.json"
     if not files[0].is_file() and index.is_file():
-        names = sorted(set(map(str, read_json(index).get("weight_map", {}).values())))
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+            raise UnimodalError(f"{index} is no index of shards: copy it again")
+        names = sorted(set(shards.values()))
         if any(Path(name).name != name for name in names):
             raise UnimodalError(f"{index} names a file outside its directory: do not use it")
         files = [directory / name for name in names]

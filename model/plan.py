@@ -135,6 +135,16 @@ def flops_per_token(
     return (4.0 if settings.lora.rank else 6.0) * numbers, attention
 
 
+def peak(device: torch.device) -> float | None:
+    """Dense bfloat16 operations per second of a GPU whose data sheet stands in `GPUS`."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    if "pcie" in name or "nvl" in name:  # slower ones of the same name
+        return None
+    return next((figures[0] for gpu, figures in GPUS.items() if gpu in name), None)
+
+
 def plan(
     settings: TrainSettings,
     vocabulary: int = EMU3_VOCABULARY,

@@ -14,8 +14,10 @@ from unimodal.model.data import DataSettings
 from unimodal.model.decoder import Shape
 from unimodal.model.dpo import DPOSettings
 from unimodal.model.lora import LoraSettings
+from unimodal.model.naming import read_json
 from unimodal.model.parallel import MeshSettings
-from unimodal.pipeline.settings import Settings, build, load_recipe
+from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.settings import Settings, build, differences, load_recipe
 from unimodal.tokenize.training import rate
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -170,6 +172,24 @@ def settings_from(
         if (config := find(init)[0] / "config.toml").is_file():
             start["sampling"] = load_recipe(config, RECIPES).get("sampling", {})
     return build(TrainSettings, start, base, *layers, sets=sets)
+
+
+def check_resumed(out: Path, step: Path, settings: TrainSettings) -> None:
+    """Refuse to go on from a step of `out` with settings that the steps so far depend on."""
+    done = read_json(step / "train.json")["step"]
+    if done > settings.steps:
+        raise UsageError(
+            f"{out} has done {done} steps already, and steps = {settings.steps} asks for fewer: "
+            "give --steps a higher number, or choose another directory"
+        )
+    old = build(TrainSettings, load_recipe(out / "config.toml", RECIPES)).model_dump(mode="json")
+    changed = differences(old, settings.model_dump(mode="json"), MAY_CHANGE)
+    if changed:
+        listed = "; ".join(f"{key} was {a!r}, now {b!r}" for key, (a, b) in changed.items())
+        raise UnimodalError(
+            f"{out} was trained with other settings ({listed}): "
+            "set them back, or choose another directory"
+        )
 
 
 def learning_rate(step: int, total: int, settings: OptimizerSettings) -> float:

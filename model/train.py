@@ -44,12 +44,12 @@ from unimodal.model.lora import adapt
 from unimodal.model.loss import LossByKind, weighted_cross_entropy
 from unimodal.model.optim import optimizers
 from unimodal.model.parallel import Mesh, joined
-from unimodal.model.recipe import MAY_CHANGE, RECIPES, TrainSettings, learning_rate
+from unimodal.model.plan import flops_per_token, peak
+from unimodal.model.recipe import TrainSettings, check_resumed, learning_rate
 from unimodal.model.samples import draw, hashed
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
-from unimodal.pipeline.settings import build, differences, load_recipe
 from unimodal.tokenize.device import usable
 from unimodal.tokenize.training import Interrupted, Record, WeightAverage, not_finite, signals
 
@@ -122,7 +122,11 @@ def _train(
         about = _about(opened, samples)
     out.mkdir(parents=True, exist_ok=True)
     if previous is not None:
-        _same_run(out, previous, settings, about)
+        if read_json(out / "data.json") != json.loads(json.dumps(about)):
+            raise UnimodalError(
+                f"the shards are not those that {out} was trained on: choose another directory"
+            )
+        check_resumed(out, previous, settings)
     elif settings.needs_init and init is None:
         raise UsageError(
             "this recipe goes on from trained weights: give --init DIR (or --set needs_init=false)"
@@ -156,19 +160,17 @@ def _train(
         loader = Loader(samples, settings.data, settings.seed, Cursor(**cursor))
     progress.note(_introduction(learners.decoder, loader, settings, mesh))
     run = _Run(out, settings, mesh, learners, loader, clock, losses, progress)
+    run.peak = peak(mesh.device) if settings.precision == "bfloat16" else None
     log = settings.log
     if mesh.is_main:
-        run.record = Record(
-            out, clock.step, log.tensorboard, log.wandb, settings.model_dump(mode="json")
-        )
+        asked = settings.model_dump(mode="json")
+        run.record = Record(out, clock.step, log.tensorboard, log.wandb, asked)
     progress.begin("train", clock.total, "steps")
     progress.advance("train", clock.step)
     try:
         save = settings.checkpoint
-        with (
-            signals() as received,
-            Saver(out, save.keep, save.background, mesh.world) as run.saver,
-        ):
+        run.saver = Saver(out, save.keep, save.background, mesh.world)
+        with signals() as received, run.saver:
             run.steps(received)
     finally:
         progress.end("train")
@@ -209,6 +211,10 @@ class _Run:
     record: Record | None = None
     """Kept by the main process alone."""
     saver: Saver = field(init=False)
+    peak: float | None = None
+    """Operations per second of this process's device, where they are known."""
+    operations: float = 0.0
+    """Of this process since the last record."""
     _validation: list[Batch] | None = None
 
     def steps(self, received: list[int]) -> None:
@@ -224,9 +230,12 @@ class _Run:
             last = clock.step >= clock.total
             if last or clock.step % settings.log.every == 0:
                 seconds = clock.seconds()
-                speed = (clock.tokens - marked) / max(1e-9, seconds - mark)
-                mark, marked = seconds, clock.tokens
-                self.report({**values, "tokens_per_s": round(speed, 1)})
+                passed = max(1e-9, seconds - mark)
+                values["tokens_per_s"] = round((clock.tokens - marked) / passed, 1)
+                if self.peak is not None:
+                    values["mfu"] = round(self.operations / passed / self.peak, 4)
+                mark, marked, self.operations = seconds, clock.tokens, 0.0
+                self.report(values)
             self.progress.advance("train")
             if _due(clock.step, settings.log.validate_every, last):
                 self.validate()
@@ -249,11 +258,14 @@ class _Run:
         mesh = self.mesh
         if settings.decoder.dropout:  # each process draws masks of its own
             who = str(mesh.rank or "")
-            torch.manual_seed(
-                int(draw(settings.seed, clock.step, hashed(who), "dropout")[0] * 2**63)
-            )
+            drawn = draw(settings.seed, clock.step, hashed(who), "dropout")[0]
+            torch.manual_seed(int(drawn * 2**63))
         decoder.train()
         packs = self.loader.step(settings.accumulate, mesh.data_rank, mesh.data_world)
+        for pack in packs if self.peak is not None else ():
+            ids = decoder.config.vocabulary_size
+            each = sum(flops_per_token(settings, ids, pack.lengths)) * len(pack.ids)
+            self.operations += each / (settings.mesh.context * settings.mesh.tensor)
         batches = [mesh.split(pack).to(mesh.device) for pack in packs]
         weight, tokens = mesh.totals(  # of the whole step
             sum(float(batch.weights.sum()) for batch in batches),
@@ -412,28 +424,6 @@ def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:
         "samples": {split: len(rows) for split, rows in samples.rows.items()},
         "grids": samples.grids(),
     }
-
-
-def _same_run(out: Path, step: Path, settings: TrainSettings, about: dict[str, Any]) -> None:
-    """Refuse to resume with other data or other settings that the steps so far depend on."""
-    if read_json(out / "data.json") != json.loads(json.dumps(about)):
-        raise UnimodalError(
-            f"the shards are not those that {out} was trained on: choose another directory"
-        )
-    done = read_json(step / "train.json")["step"]
-    if done > settings.steps:
-        raise UsageError(
-            f"{out} has done {done} steps already, and steps = {settings.steps} asks for fewer: "
-            "give --steps a higher number, or choose another directory"
-        )
-    old = build(TrainSettings, load_recipe(out / "config.toml", RECIPES)).model_dump(mode="json")
-    changed = differences(old, settings.model_dump(mode="json"), MAY_CHANGE)
-    if changed:
-        listed = "; ".join(f"{key} was {a!r}, now {b!r}" for key, (a, b) in changed.items())
-        raise UnimodalError(
-            f"{out} was trained with other settings ({listed}): "
-            "set them back, or choose another directory"
-        )
 
 
 def _introduction(

@@ -16,8 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from unimodal.model import train as trainer
 from unimodal.model.checkpoint import latest_step
 from unimodal.model.decoder import Decoder
+from unimodal.model.plan import flops_per_token, peak
 from unimodal.model.recipe import TrainSettings
 from unimodal.model.train import Interrupted, _Run, train
 from unimodal.pipeline.errors import UnimodalError, UsageError
@@ -274,6 +276,21 @@ def test_weights_and_biases_gets_the_records_when_asked(
     assert (began["project"], began["name"], began["config"]["steps"]) == ("emoji", "with", 2)
     assert [row.get("step") for row in logged] == [1, 2, None]
     assert {"loss", "lr", "tokens_per_s"} <= logged[0].keys()
+
+
+def test_utilisation_is_operations_per_second_of_the_peak(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(trainer, "peak", lambda device: 1e9)
+    sets = ("precision=bfloat16", "log.every=2", "steps=4", "data.context=64")
+    train([tiny_shards.path], tmp_path, tiny_settings(*sets))
+    settings = tiny_settings(*sets)
+    for row in read_record(tmp_path / "metrics.jsonl"):
+        # Documents of at most 64 tokens: attention is a few percent of the matrices' operations.
+        least = sum(flops_per_token(settings, tiny_shards.vocabulary.size, [1]))
+        most = sum(flops_per_token(settings, tiny_shards.vocabulary.size, [64]))
+        assert least < row["mfu"] * 1e9 / row["tokens_per_s"] < most
+    assert peak(torch.device("cpu")) is None
 
 
 def test_minutes_shorten_the_schedule_and_the_learning_rate_with_it(

@@ -107,12 +107,12 @@ def _files(directory: Path) -> list[Path]:
     if index.exists():
         try:
             shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            inside = [shards[name] for name in _ours(shards)]
+            inside = {directory / Path(shards[name]).name for name in _ours(shards)}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UnimodalError(
                 f"{index}: no index of shards ({error!r}): copy it again"
             ) from error
-        return sorted({directory / Path(name).name for name in inside})
+        return sorted(inside)
     # state.safetensors is a trainer's, not weights.
     found = sorted(f for f in directory.glob("*.safetensors") if f.name != "state.safetensors")
     if found:

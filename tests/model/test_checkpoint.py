@@ -194,6 +194,15 @@ def test_a_model_of_another_kind_is_refused(
         Decoder.load(step)
 
 
+@pytest.mark.parametrize("damaged", ["[]", '{"weight_map": {"a": 5}}', '{"weight_map": ["a"]}'])
+def test_a_damaged_index_is_named(tmp_path: Path, damaged: str) -> None:
+    step = _save(tmp_path, 1, _trained())
+    (step / "model.safetensors").rename(step / "a.safetensors")
+    (step / "model.safetensors.index.json").write_text(damaged)
+    with pytest.raises(UnimodalError, match=r"model\.safetensors\.index\.json (is|holds) no"):
+        Decoder.load(step)
+
+
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     step = _save(tmp_path, 1, _trained())
     file = step / "model.safetensors"

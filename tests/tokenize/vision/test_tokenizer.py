@@ -72,9 +72,10 @@ def test_shards_with_an_index_load_and_a_missing_one_is_named(
     (folder / "b.safetensors").unlink()
     with pytest.raises(UnimodalError, match=r"b\.safetensors cannot be read"):
         VisionTokenizer.load(folder)
-    (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(UnimodalError, match=r"index\.json: no index of shards"):
-        VisionTokenizer.load(folder)
+    for damaged in ("[]", '{"weight_map": {"a": 5}}', '{"weight_map": ["a"]}'):
+        (folder / "model.safetensors.index.json").write_text(damaged)
+        with pytest.raises(UnimodalError, match=r"index\.json: no index of shards"):
+            VisionTokenizer.load(folder)
 
 
 def test_of_a_multimodal_checkpoint_only_the_tokenizer_is_read(saved: Path, theirs: Path) -> None:

@@ -432,3 +432,39 @@ def test_parquet_rows_ride_along_without_their_bytes(tmp_path: Path) -> None:
     _, found = planned([tmp_path / "a.parquet"])
     assert found[0].scores == {"score": 0.5} and found[0].meta == {"id": "3", "url": "u"}
     assert find_corpora([tmp_path / "a.parquet"], SMALL)[0].numbers == ("score",)
+
+
+def test_a_picture_that_killed_a_worker_is_not_touched_again(
+    tmp_path: Path, block_mean: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the supervisor asks for it: one row after another, the culprit named and left alone."""
+    from unimodal.pipeline import fetch
+    from unimodal.pipeline.tell import Tell
+    from unimodal.pipeline.worker import Job, do
+    from unimodal.tokenize import run as module
+
+    for number in range(3):
+        picture(tmp_path / f"{number}.png", seed=number)
+    rows = [{"content": [f"row {n}", {"image": f"{n % 3}.png"}]} for n in range(4)]
+    opened: list[str] = []
+    hand: set[str] = set()
+
+    def begin(stage: str, thing: str) -> None:
+        hand.add(thing)
+        assert len(hand) == 1  # what was begun last and is not done is the row in hand
+
+    def once(jobs: list[Job], *others: object) -> None:
+        for job in jobs:
+            job.one_by_one, job.poison = True, {f"tokenize:{job.part}#0": "its worker died"}
+            do(job, Tell(begin=begin, done=lambda stage, thing, why: hand.discard(thing)))
+
+    local = fetch.local
+    monkeypatch.setattr(fetch, "local", lambda uri, **k: (opened.append(uri), local(uri, **k))[1])
+    monkeypatch.setattr(module, "run_jobs", once)
+    shards = tokenize(
+        lines(tmp_path / "a.jsonl", rows), tmp_path / "o", SMALL, tokenizer=block_mean
+    )
+    lost = pq.read_table(tmp_path / "o" / "quarantine.parquet").to_pylist()
+    assert [row["uri"][-6:] for row in lost] == ["line 1", "line 4"] and len(shards) == 2
+    assert all("its worker died" in row["reason"] for row in lost)
+    assert not hand and {Path(uri).name for uri in opened} == {"1.png", "2.png"}

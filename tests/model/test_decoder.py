@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from unimodal.model.attention import Cached
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape, parameter_count
 
 SHAPE = Shape(width=48, layers=3, heads=6, kv_heads=2, ffn=80, init_std=0.2)
@@ -57,8 +58,11 @@ def test_logits_equal_those_of_transformers_on_the_same_weights(family: str, qk_
 
 
 @torch.no_grad()
-def test_a_directory_saved_by_transformers_loads(tmp_path: Path) -> None:
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_a_directory_saved_by_transformers_loads(family: str, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{family}Config")(**LLAMA, head_dim=8)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    _randomise_norms(theirs)
     theirs.save_pretrained(tmp_path)
     ids = _ids(2, 20)
     ours = Decoder.load(tmp_path)
@@ -136,3 +140,28 @@ def test_inconsistent_shapes_are_refused_by_name() -> None:
         Shape(heads=4, kv_heads=3)
     with pytest.raises(ValueError, match="must be even"):
         Shape(width=12, heads=4, kv_heads=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_steps_with_a_cache_give_the_logits_of_the_whole_sequence(qk_norm: bool) -> None:
+    shape = SHAPE.model_copy(update={"qk_norm": qk_norm})
+    decoder = Decoder(DecoderConfig(shape, 97, 64)).eval()
+    _randomise_norms(decoder)
+    lengths, ids = [5, 9], _ids(2, 20)
+    whole = decoder(ids)
+    cache = decoder.cache(rows=2, length=20)
+    # Prompts of unequal length at once, then a few tokens, then one at a time: each row goes on
+    # from a position of its own.
+    starts = torch.zeros(2, dtype=torch.int64)
+    for new in (9, 3, 1, 1, 2):
+        context = Cached(cache, starts, new)
+        fed = ids.gather(1, context.positions.clamp(max=19))
+        hidden = decoder.hidden(fed.flatten(), context.positions.flatten(), context)
+        logits = decoder.lm_head(hidden).view(2, new, -1)
+        taken = [min(new, length) for length in lengths] if new == 9 else [new, new]
+        for row, count in enumerate(taken):
+            at = int(starts[row])
+            expected = whole[row, at : at + count]
+            torch.testing.assert_close(logits[row, :count], expected, atol=1e-5, rtol=1e-5)
+        starts = starts + torch.tensor(taken)

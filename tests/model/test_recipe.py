@@ -72,18 +72,26 @@ LEARNED = {
 }
 
 
+@pytest.fixture(scope="module")
+def begun(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_shards: Shards,
+    tiny_settings: Callable[..., TrainSettings],
+) -> Path:
+    """Weights of one step."""
+    return train([tiny_shards.path], tmp_path_factory.mktemp("begun"), tiny_settings("steps=1"))
+
+
 @pytest.mark.parametrize("name", sorted({*recipe_names(RECIPES)} - {"dpo"}))
 def test_every_recipe_trains_what_it_says_with_a_decoder_that_is_small_enough(
     tmp_path: Path,
     tiny_shards: Shards,
     chats: Shards,
-    tiny_settings: Callable[..., TrainSettings],
+    begun: Path,
     name: str,
 ) -> None:
     settings = settings_from(name, SMALL)
-    init = None
-    if settings.needs_init:
-        init = train([tiny_shards.path], tmp_path / "init", tiny_settings("steps=1"))
+    init = begun if settings.needs_init else None
     shards = [(chats if name == "instruct" else tiny_shards).path]
     out = train(shards, tmp_path / "out", settings, init=init)
     rows = read_record(out / "metrics.jsonl")
@@ -115,14 +123,11 @@ def test_recipes_hold_what_emu3_publishes() -> None:
     assert understand.data.vision_weight == understand.data.described_vision_weight == 0
 
 
-def test_weights_give_the_shape_and_the_recipe_the_rest(
-    tmp_path: Path, tiny_shards: Shards, tiny_settings: Callable[..., TrainSettings]
-) -> None:
-    init = train([tiny_shards.path], tmp_path, tiny_settings("steps=1"))
-    settings = settings_from("qft", init=init)
+def test_weights_give_the_shape_and_the_recipe_the_rest(begun: Path) -> None:
+    settings = settings_from("qft", init=begun)
     assert (settings.decoder.width, settings.decoder.layers) == (32, 2)
     assert settings.decoder.dropout == 0.1
-    assert settings_from("tiny", init=init).decoder.width == 192  # it says so itself
+    assert settings_from("tiny", init=begun).decoder.width == 192  # it says so itself
 
 
 def test_later_layers_win_over_the_recipe() -> None:

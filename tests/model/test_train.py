@@ -57,7 +57,10 @@ class _SignalAt(Progress):
         ("decoder.dropout=0.1", "optimizer.kind=muon", "checkpoint.background=false"),
         ("decoder.dropout=0.1", "lora.rank=2", "recompute=selective"),
         ("ema=0.9", "optimizer.schedule=linear", "optimizer.fused=false", "recompute=full"),
-        ("parameters=bfloat16", "precision=bfloat16", "decoder.dropout=0.1"),
+        pytest.param(
+            ("parameters=bfloat16", "precision=bfloat16", "decoder.dropout=0.1"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain", "muon", "lora", "average", "bfloat16"],
 )

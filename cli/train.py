@@ -131,7 +131,10 @@ def _plan(
     from unimodal.cli import console
     from unimodal.model.data import Loader, Samples, open_shards
     from unimodal.model.plan import EMU3_VOCABULARY, plan
+    from unimodal.pipeline.errors import UsageError
 
+    if shards and settings.objective == "dpo":
+        raise UsageError("--plan does not read triplets: leave them out and give --length")
     record: dict[str, Any] = {}
     vocabulary, context = EMU3_VOCABULARY, settings.data.context
     packs = [[length] * max(1, context // length)] if length else None

@@ -434,7 +434,7 @@ def test_every_mesh_prefers_as_one_process(
 
 @pytest.mark.slow
 def test_preferences_raise_the_win_rate_on_unseen_prompts(tmp_path: Path) -> None:
-    """A shorter run of the benchmark, which has 50 % before and about 90 % after."""
+    """A shorter run of the benchmark, which has 50 % before and 84 % after."""
     base = benchmark.make_base(tmp_path, 120, seed=0)
     seen, unseen = (benchmark.prompts(unseen=one) for one in (False, True))
     found = benchmark.proof(tmp_path, base, seen[::2], unseen, color, seed=0, steps=30, n=2)

@@ -196,6 +196,11 @@ def test_scores_without_weights_say_what_to_give() -> None:
         scorer("clip", PreferSettings(embed={"wights": "x"}))
 
 
+def test_the_format_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "preferences.md").read_text()
+    assert [name for name in (*TRIPLETS, "brightness", "color") if f"`{name}`" not in text] == []
+
+
 def test_prompts_are_lines(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a kite\n\n  two kites \n")
     assert read_prompts(tmp_path / "p.txt") == ["a kite", "two kites"]

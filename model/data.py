@@ -18,18 +18,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from unimodal.model.batch import KINDS, Batch, Document, collate
 from unimodal.model.packing import deal, pack
-from unimodal.model.samples import TASKS, Samples, draw
+from unimodal.model.samples import Samples, draw
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.settings import Settings
-from unimodal.tokenize.document import write
 
 __all__ = [
     "KINDS",
@@ -49,41 +47,10 @@ __all__ = [
     "validation",
 ]
 
-KINDS = (
-    "generation/text",
-    "generation/vision",
-    "understanding/text",
-    "understanding/vision",
-    "structure",
-    "text",
-    "chat/text",
-    "interleaved/text",
-    "interleaved/vision",
-    "edit/text",
-    "edit/vision",
-)
-"""Kinds of target, by which losses are reported. Structure: BOI, meta, IMG, EOL, EOF and EOI.
-EOS counts as text; of an edit it is all the text that is learned."""
-
-_FORMS = ("generation", "understanding", *TASKS[1:])
-_KINDS_OF = np.array(
-    [
-        [
-            KINDS.index(form if form == "text" else f"{form}/text"),
-            KINDS.index(f"{form}/vision" if f"{form}/vision" in KINDS else "structure"),
-            KINDS.index("structure"),
-        ]
-        for form in _FORMS
-    ]
-)
-"""Kind of a text, vision and structure target in documents of each form."""
-
 WINDOW = 65_536
 """Documents that are mixed and packed together; bounds the memory and time of a plan."""
 EMPTY = 100
 """Windows in which nothing fits before a loader gives up."""
-RECENT = 1 << 22
-"""Ids of long texts that are kept: all pieces of a text are cut from one encoding of it."""
 
 
 class DataSettings(Settings):
@@ -111,50 +78,6 @@ class DataSettings(Settings):
     alike: bool = False
     """Make steps of packs whose attention costs about the same, rather than of any packs. For
     long contexts with few packs a process, where the others wait for the one with a video."""
-
-
-class Document(NamedTuple):
-    """What one sample says in one epoch, or a piece of a text."""
-
-    row: int
-    describes: bool
-    caption: int
-    """Which of the sample's captions; -1: none."""
-    total: int
-    """Its tokens: one less than its ids, as the last id predicts nothing."""
-    start: int
-    stop: int
-    """Which of them stand here: all, but for a text that was cut."""
-
-    @property
-    def length(self) -> int:
-        """Tokens that it takes in a pack."""
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One pack, ready for the decoder. T tokens of whole documents, end to end."""
-
-    ids: Tensor
-    """int64 [T]"""
-    targets: Tensor
-    """int64 [T]: the id behind each token, always of the same document."""
-    weights: Tensor
-    """float32 [T]: weight of each target in the loss."""
-    kinds: Tensor
-    """int64 [T]: index into KINDS."""
-    positions: Tensor
-    """int64 [T]: restart at 0 in each document."""
-    lengths: list[int]
-    """Tokens of each document."""
-    keys: list[str]
-    """Keys of the documents' samples."""
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
-        names = ("ids", "targets", "weights", "kinds", "positions")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True)
@@ -335,65 +258,6 @@ def plan(
 def _cost(documents: Sequence[Document]) -> int:
     """Of attention, which is within documents."""
     return sum(document.length**2 for document in documents)
-
-
-def collate(samples: Samples, documents: Sequence[Document], settings: DataSettings) -> Batch:
-    """Read and serialize the documents of a pack.
-
-    Raises `UnimodalError` if a document is not as long as the index says.
-    """
-    ids, targets, weights = [], [], []
-    for document in documents:
-        whole, weight = _read(samples, document, settings)
-        # A document's last id is a target only, its first one an input only: no token of one
-        # document ever predicts a token of the next.
-        ids.append(whole[document.start : document.stop])
-        targets.append(whole[document.start + 1 : document.stop + 1])
-        weights.append(weight[document.start + 1 : document.stop + 1])
-    lengths = [document.length for document in documents]
-    tasks = samples.tasks[[document.row for document in documents]].astype(np.int64)
-    described = np.array([document.describes for document in documents])
-    forms = np.where(tasks == 0, described, tasks + 1)
-    target, weight = np.concatenate(targets), np.concatenate(weights)
-    kinds = _KINDS_OF[np.repeat(forms, lengths), samples.classes(target)]
-    if settings.caption_weight != 1:
-        weight[kinds == KINDS.index("generation/text")] *= settings.caption_weight
-    starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
-    return Batch(
-        ids=torch.from_numpy(np.concatenate(ids)),
-        targets=torch.from_numpy(target),
-        weights=torch.from_numpy(weight),
-        kinds=torch.from_numpy(kinds),
-        positions=torch.from_numpy(np.arange(len(target)) - starts),
-        lengths=lengths,
-        keys=[samples.key(document.row) for document in documents],
-    )
-
-
-def _read(
-    samples: Samples, document: Document, settings: DataSettings
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a whole document, int64 [S], and their weights as targets, float32 [S]."""
-    row, recent = document.row, samples.recent
-    if row in recent:
-        return recent[row]
-    vision = settings.described_vision_weight if document.describes else settings.vision_weight
-    parts = samples.parts(row, document.describes, document.caption)
-    ids, weights = write(parts, samples.vocabulary, vision)
-    if len(ids) - 1 != document.total:
-        raise UnimodalError(
-            f"sample {samples.key(row)} has {len(ids)} ids where the index of its shards "
-            f"says {document.total + 1}: run tokenize again"
-        )
-    if document.caption < 0 and samples.tasks[row] == 0:
-        # Up to its EOS this is how a document that describes begins. Learning EOS here would
-        # teach that a picture has no description, and greedy decoding would give none.
-        weights[-1] = 0
-    if document.length < document.total:
-        while recent and sum(len(one) for one, _ in recent.values()) + len(ids) > RECENT:
-            del recent[next(iter(recent))]
-        recent[row] = ids, weights
-    return ids, weights
 
 
 class Loader:

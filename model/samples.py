@@ -7,6 +7,7 @@ two captions take about 0.4 GB, most of it the captions' text, and nothing grows
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,16 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unimodal.pipeline.errors import UnimodalError
-from unimodal.tokenize.document import (
-    Image,
-    Part,
-    Piece,
-    Text,
-    Video,
-    block_length,
-    compose,
-    parts_length,
-)
+from unimodal.tokenize.document import FREE, Piece, block_length, block_template, parts_length
 from unimodal.tokenize.vocabulary import Vocabulary
 
 TASKS = ("caption", "text", "chat", "interleaved", "edit")
@@ -74,6 +66,8 @@ class Samples:
         self._picked = [table.picked for table in tables]
         self.starts = np.cumsum([0, *(len(table.keys) for table in tables)])
         """First row of each directory, and behind them the number of rows."""
+        self._starts: list[int] = self.starts.tolist()
+        self._blocks: dict[object, tuple[np.ndarray, np.ndarray]] = {}
         self.tasks, self.sizes, self.rates, self.hashes, self.lengths, tokens, counts, val = (
             np.concatenate([getattr(table, name) for table in tables])
             for name in ("tasks", "sizes", "rates", "hashes", "lengths", "tokens", "counts", "val")
@@ -116,9 +110,15 @@ class Samples:
     def caption(self, row: int, which: int) -> str:
         """Text of a caption."""
         number, _ = self._place(row)
-        before = self._first[self.starts[number]]
-        at = self._picked[number][self._first[row] + which - before]
-        return str(self._texts[number][int(at)].as_py())
+        at = self._first[row] + which - self._first[self.starts[number]]
+        return str(self._texts[number][int(self._picked[number][at])].as_py())
+
+    def caption_ids(self, row: int, which: int) -> np.ndarray:
+        """Ids of a caption."""
+        ids = self.vocabulary.text.encode(self.caption(row, which))
+        if self.vocabulary.text.size <= 256:  # ten times as fast as from a list
+            return np.frombuffer(bytes(ids), np.uint8)
+        return np.array(ids, np.int64)
 
     def length(self, rows: np.ndarray, captions: np.ndarray) -> np.ndarray:
         """Tokens of documents of `rows` with these captions (-1: none).
@@ -134,20 +134,26 @@ class Samples:
         number, own = self._place(row)
         return str(self._keys[number][own].as_py())
 
-    def parts(self, row: int, describes: bool, caption: int) -> list[Part]:
-        """The document of a row, all but BOS and the last EOS; reads its codes and texts.
-
-        Where it has captions: drawn from one, described by it, or without any (-1).
-        """
+    def codes(self, row: int) -> np.ndarray:
+        """Codes [T, H, W] of a row with captions."""
         number, own = self._place(row)
-        if self.tasks[row]:
-            return compose(TASKS[self.tasks[row]], self.shards[number].segments(own))
-        codes, rate = self.shards[number].codes(own), float(self.rates[row])
-        vision = Part(Image(codes[0]) if np.isnan(rate) else Video(codes, rate), True)
-        if caption < 0:
-            return [vision]
-        text = Part(Text(self.caption(row, caption)), True)
-        return [vision, text] if describes else [text, vision]
+        return self.shards[number].codes(own)
+
+    def segments(self, row: int) -> list[Piece]:
+        """Pieces of a row of another task."""
+        number, own = self._place(row)
+        return self.shards[number].segments(own)
+
+    def block(self, shape: tuple[int, ...], rate: float) -> tuple[np.ndarray, np.ndarray]:
+        """The vision block of codes [T, H, W], see `block_template`, and its `classes`."""
+        moving = rate == rate
+        key = (shape, rate if moving else None)
+        if key not in self._blocks:
+            t, h, w = shape
+            ids = block_template(self.vocabulary, h, w, *((t, rate) if moving else ()))
+            filled = np.where(ids == FREE, self.vocabulary.vision_start, ids)
+            self._blocks[key] = filled, self.classes(filled)
+        return self._blocks[key]
 
     def grids(self, limit: int = 64) -> list[dict[str, Any]]:
         """The commonest shapes of captioned training samples: kind, size, fps, samples."""
@@ -163,8 +169,8 @@ class Samples:
 
     def _place(self, row: int) -> tuple[int, int]:
         """Number of the directory of a row, and the row within it."""
-        number = int(np.searchsorted(self.starts, row, "right")) - 1
-        return number, int(row - self.starts[number])
+        number = bisect_right(self._starts, row) - 1
+        return number, row - self._starts[number]
 
 
 class _Columns:

@@ -22,8 +22,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -436,7 +435,7 @@ class Shards:
         self.manifest = manifest
         self.rates: dict[str, float] = {}
         """What the run that made them did in a second: clips, codes; empty if nothing was done."""
-        self._open: dict[str, int] = {}
+        self._open: dict[int, int] = {}
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
@@ -499,64 +498,66 @@ class Shards:
 
         Raises `UnimodalError` naming the shard if its bytes are not what the index says.
         """
-        at = {name: int(column[row]) for name, column in self._places.items()}
-        with self._reading(row, "the codes of") as tar:
-            return self._codes(tar, at)
+        number, offset, nbytes, *shape = self._places[row].tolist()
+        try:
+            return self._codes(self._tar(number), offset, nbytes, tuple(shape))
+        except Exception as error:  # numpy's header parser lets many kinds through
+            raise self._bad(row, "the codes of", error) from error
 
     def segments(self, row: int) -> list[Piece]:
         """Pieces of one row of the index, of a document (not of a sample with captions).
 
         Raises `UnimodalError` naming the shard if its bytes are not what the index says.
         """
-        pieces = []
-        with self._reading(row, "the document") as tar:
+        pieces: list[Piece] = []
+        try:
+            tar = self._tar(int(self._places[row, 0]))
             for told in self.index["segments"][row].as_py() or []:
                 if told["kind"] == "text":
                     pieces.append(Piece(Text(_text(tar, told)), told["role"]))
                     continue
-                codes = self._codes(tar, told)
+                shape = (told["frames"], told["height"], told["width"])
+                codes = self._codes(tar, told["offset"], told["nbytes"], shape)
                 vision = Image(codes[0]) if told["kind"] == "image" else Video(codes, told["fps"])
                 pieces.append(Piece(vision, told["role"]))
+        except Exception as error:
+            raise self._bad(row, "the document", error) from error
         return pieces
 
-    def _codes(self, tar: int, at: Mapping[str, Any]) -> np.ndarray:
-        """Codes [T, H, W] that lie in an open tar where and as `at` says."""
-        shape = (at["frames"], at["height"], at["width"])
-        count = shape[0] * shape[1] * shape[2]
-        if not (min(shape) > 0 and count <= MAX_CODES and 0 < at["nbytes"] <= 4 * count + 4096):
-            raise ValueError(f"{at['nbytes']} bytes for codes {shape}")
-        codes = _read_npy(os.pread(tar, at["nbytes"], at["offset"]), shape)
+    def _codes(self, tar: int, offset: int, nbytes: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Codes of `shape` in an open tar."""
+        count = math.prod(shape)
+        if not (min(shape) > 0 and count <= MAX_CODES and 0 < nbytes <= 4 * count + 4096):
+            raise ValueError(f"{nbytes} bytes for codes {shape}")
+        codes = _read_npy(os.pread(tar, nbytes, offset), shape)
         if codes.max() >= self.manifest["vision_tokenizer"]["codebook_size"]:
             raise ValueError(f"code {codes.max()} is outside the codebook")
         return codes
 
-    @contextmanager
-    def _reading(self, row: int, what: str) -> Iterator[int]:
-        """A descriptor of a row's tar; whatever goes wrong with it is a `UnimodalError`."""
-        shard = self.manifest["shards"][self._numbers[row]]["name"]
-        try:
-            if shard not in self._open:
-                if len(self._open) >= MAX_OPEN:
-                    os.close(self._open.pop(next(iter(self._open))))
-                flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
-                self._open[shard] = os.open(self.path / shard, flags)
-            yield self._open[shard]
-        except Exception as error:  # numpy's header parser lets many kinds through
-            tar, key = self.path / shard, self.index["key"][row].as_py()
-            raise UnimodalError(
-                f"{tar} does not hold {what} {key} ({error}): {_remedy(tar)}"
-            ) from error
+    def _tar(self, number: int) -> int:
+        """A descriptor of a tar."""
+        if number not in self._open:
+            if len(self._open) >= MAX_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+            tar = self.path / self.manifest["shards"][number]["name"]
+            self._open[number] = os.open(tar, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        return self._open[number]
+
+    def _bad(self, row: int, what: str, error: Exception) -> UnimodalError:
+        tar, key = (self.index[name][row].as_py() for name in ("shard", "key"))
+        path = self.path / tar
+        return UnimodalError(f"{path} does not hold {what} {key} ({error}): {_remedy(path)}")
 
     @cached_property
-    def _places(self) -> dict[str, np.ndarray]:
-        """Where the codes of each row are, and their sizes: a Python object for each takes long."""
-        return {name: self.index[name].to_numpy() for name in ("offset", "nbytes", *_SIZE)}
+    def _places(self) -> np.ndarray:
+        """Of each row: number of the shard, offset, nbytes, T, H, W; int64 [rows, 6].
 
-    @cached_property
-    def _numbers(self) -> np.ndarray:
-        """Of each row's shard."""
+        Values of Arrow, one by one, take as long as all the rest of reading.
+        """
         names = pa.array([shard["name"] for shard in self.manifest["shards"]], pa.string())
-        return pc.index_in(self.index["shard"], names).to_numpy()
+        columns = [self.index[name].to_numpy() for name in ("offset", "nbytes", *_SIZE)]
+        numbers = pc.index_in(self.index["shard"], names).to_numpy()
+        return np.stack([numbers, *columns], axis=1).astype(np.int64)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -140,6 +140,8 @@ def _find(path: Path) -> Path | None:
 
 def _normal(text: str) -> str:
     """NFC, with lone surrogates (which no UTF-8 has) as U+FFFD."""
+    if text.isascii():
+        return text
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return unicodedata.normalize("NFC", text)
 

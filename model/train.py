@@ -213,8 +213,7 @@ class _Run:
     saver: Saver = field(init=False)
     peak: float | None = None
     """Operations per second of this process's device, where they are known."""
-    operations: float = 0.0
-    """Of this process since the last record."""
+    operations: float = 0.0  # of this process since the last record
     _validation: list[Batch] | None = None
 
     def steps(self, received: list[int]) -> None:

@@ -344,15 +344,9 @@ def _packed(
     captions: np.ndarray,
     lengths: np.ndarray,
 ) -> list[list[Document]]:
-    columns = [column.tolist() for column in (rows, describes, captions, lengths)]
-    whole = [
-        Document(row, described, caption, total, 0, total)
-        for row, described, caption, total in zip(*columns, strict=True)
-    ]
-    return [
-        [whole[i]._replace(start=start, stop=stop) for i, start, stop in one]
-        for one in pack(lengths, settings.context, samples.splittable(rows))
-    ]
+    told = list(zip(*(one.tolist() for one in (rows, describes, captions, lengths)), strict=True))
+    packs = pack(lengths, settings.context, samples.splittable(rows))
+    return [[Document._make((*told[i], *cut)) for i, *cut in one] for one in packs]
 
 
 def open_shards(paths: Sequence[Path]) -> list[Any]:

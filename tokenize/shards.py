@@ -633,10 +633,10 @@ def _read_npy(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     The header is believed only after it was compared: numpy would first make room for whatever
     size it names.
     """
-    dtype = np.dtype("<u2" if len(data) < 4 * math.prod(shape) else "<u4")
-    known = _npy_header(shape, dtype.str)  # as we write it: parsing takes ten times as long
-    if data.startswith(known) and len(data) == len(known) + dtype.itemsize * math.prod(shape):
-        return np.frombuffer(data, dtype, offset=len(known)).reshape(shape)
+    for descr, width in (("<u2", 2), ("<u4", 4)):
+        known = _npy_header(shape, descr)  # as we write it: parsing takes ten times as long
+        if data.startswith(known) and len(data) == len(known) + width * math.prod(shape):
+            return np.frombuffer(data, descr, offset=len(known)).reshape(shape)
     stream = io.BytesIO(data)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("not an npy file of version 1.0")

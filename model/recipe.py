@@ -147,6 +147,8 @@ class TrainSettings(Settings):
             raise ValueError("ema averages all weights, lora.rank trains adapters: choose one")
         if self.lora.rank and self.mesh.tensor > 1:
             raise ValueError("adapters cannot be split: mesh.tensor must be 1 with lora.rank")
+        if self.compile and self.mesh.tensor > 1:  # torch 2.13 fails in backward
+            raise ValueError("split matrices cannot be compiled: mesh.tensor must be 1 with compile")
         return self
 
 

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,31 +96,34 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def _process(rank: int, world: int, jobs: Sequence[tuple[str, Callable[..., None], tuple]]) -> None:
+def _process(rank: int, world: int, port: str, function: Callable[..., None], *given: Any) -> None:
     torch.set_num_threads(1)
-    for port, function, arguments in jobs:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world),
-            LOCAL_WORLD_SIZE=str(world),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        function(*arguments)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+    )
+    function(*given)
     os._exit(0)  # gloo's threads abort some processes that end normally
 
 
-def run(world: int, jobs: Sequence[tuple[Callable[..., None], tuple]]) -> None:
-    """Run jobs one after the other in `world` processes that are one group."""
+def run(world: int, function: Callable[..., None], *given: Any) -> None:
+    """Run a function in `world` new processes that are one group.
+
+    One mesh to a process, as in use: DTensor (torch 2.13) remembers the groups of a mesh of the
+    same shape that has been destroyed.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    ported = [(free_port(), function, arguments) for function, arguments in jobs]
-    processes = [context.Process(target=_process, args=(r, world, ported)) for r in range(world)]
+    common = (world, free_port(), function, *given)
+    processes = [context.Process(target=_process, args=(rank, *common)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(280)
     assert [process.exitcode for process in processes] == [0] * world
 
 

@@ -148,7 +148,7 @@ class TrainSettings(Settings):
         if self.lora.rank and self.mesh.tensor > 1:
             raise ValueError("adapters cannot be split: mesh.tensor must be 1 with lora.rank")
         if self.compile and self.mesh.tensor > 1:  # torch 2.13 fails in backward
-            raise ValueError("split matrices cannot be compiled: mesh.tensor must be 1 with compile")
+            raise ValueError("split matrices do not compile: mesh.tensor must be 1 with compile")
         return self
 
 

@@ -104,27 +104,26 @@ def collate(samples: Samples, documents: Sequence[Document], settings: DataSetti
     Raises `UnimodalError` if a document is not as long as the index says.
     """
     lengths = [document.length for document in documents]
-    ids = np.empty(sum(lengths) + len(lengths), np.int64)
-    weights, kinds = np.empty(len(ids), np.float32), np.empty(len(ids), np.int64)
-    inputs, outputs = [], []
-    start = 0
-    for document, length in zip(documents, lengths, strict=True):
-        behind = start + length + 1
-        views = ids[start:behind], weights[start:behind], kinds[start:behind]
-        (_other if samples.tasks[document.row] else _captioned)(samples, document, settings, views)
-        # A document's last id is a target only, its first one an input only: no token of one
-        # document ever predicts a token of the next.
-        inputs.append(slice(start, behind - 1))
-        outputs.append(slice(start + 1, behind))
-        start = behind
+    ends = np.cumsum(lengths)
+    ids, targets, kinds = (np.empty(ends[-1], np.int64) for _ in range(3))
+    weights, last = np.empty(len(ids), np.float32), []
+    for document, stop in zip(documents, ends.tolist(), strict=True):
+        place = slice(stop - document.length, stop)
+        views = ids[place], weights[place], kinds[place]
+        add = _other if samples.tasks[document.row] else _captioned
+        last.append(add(samples, document, settings, views))
+    # A document's last id is a target only, its first one an input only: no token of one document
+    # ever predicts a token of the next.
+    targets[:-1] = ids[1:]
+    targets[ends - 1] = last
     if settings.caption_weight != 1:
         weights[kinds == KINDS.index("generation/text")] *= settings.caption_weight
-    positions = np.arange(max(lengths, default=0))
+    positions = np.arange(max(lengths))
     return Batch(
-        ids=torch.from_numpy(np.concatenate([ids[one] for one in inputs])),
-        targets=torch.from_numpy(np.concatenate([ids[one] for one in outputs])),
-        weights=torch.from_numpy(np.concatenate([weights[one] for one in outputs])),
-        kinds=torch.from_numpy(np.concatenate([kinds[one] for one in outputs])),
+        ids=torch.from_numpy(ids),
+        targets=torch.from_numpy(targets),
+        weights=torch.from_numpy(weights),
+        kinds=torch.from_numpy(kinds),
         positions=torch.from_numpy(np.concatenate([positions[:length] for length in lengths])),
         lengths=lengths,
         keys=[samples.key(document.row) for document in documents],
@@ -132,54 +131,65 @@ def collate(samples: Samples, documents: Sequence[Document], settings: DataSetti
 
 
 Views = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Where a document goes: its ids, their weights as targets, their kinds; each [tokens + 1]."""
+"""Where a document goes: its ids but the last; weights and kinds of its ids but the first."""
 
 
-def _captioned(samples: Samples, document: Document, settings: DataSettings, views: Views) -> None:
-    """A picture or clip, drawn from its caption or described by it."""
+def _captioned(samples: Samples, document: Document, settings: DataSettings, views: Views) -> int:
+    """A picture or clip, drawn from its caption or described by it; returns its last id."""
     ids, weights, kinds = views
-    vocabulary, row, describes = samples.vocabulary, document.row, document.describes
+    row, describes, caption = document.row, document.describes, document.caption
     codes = samples.codes(row)
     block, classes = samples.block(codes.shape, float(samples.rates[row]))
-    text = samples.caption_ids(row, document.caption) if document.caption >= 0 else block[:0]
-    if 2 + len(block) + len(text) != len(ids):
-        raise _unequal(samples, document, 2 + len(block) + len(text))
+    text = samples.caption_ids(row, caption) if caption >= 0 else block[:0]
+    size = len(block)
+    if 1 + size + len(text) != len(ids):
+        raise _unequal(samples, document, 2 + size + len(text))
     first = 1 if describes else 1 + len(text)
-    shown = slice(first, first + len(block))
-    said = slice(1 + len(block), -1) if describes else slice(1, first)
-    ids[0], ids[-1], ids[said], ids[shown] = vocabulary.bos, vocabulary.eos, text, block
+    ids[0] = samples.vocabulary.bos
+    if describes:
+        ids[1 + size :] = text
+    else:
+        ids[1:first] = text
+    ids[first : first + size] = block
     t, h, w = codes.shape
-    grid = ids[first + len(block) - 1 - t * (h * (w + 1) + 1) : first + len(block) - 1]
-    grid = grid.reshape(t, -1)[:, :-1].reshape(t, h, w + 1)[:, :, :-1]
-    np.add(codes, vocabulary.vision_start, out=grid, dtype=np.int64)
-    kinds_of = _KINDS_OF[int(describes)]
-    kinds.fill(kinds_of[0])
-    kinds_of.take(classes, out=kinds[shown], mode="clip")
+    behind = first + size - 1
+    grid = ids[behind - t * (h * (w + 1) + 1) : behind].reshape(t, -1)[:, :-1]
+    grid = grid.reshape(t, h, w + 1)[:, :, :-1]
+    np.add(codes, samples.vocabulary.vision_start, out=grid, dtype=np.int64)
     weights.fill(1)
-    weights[shown] = settings.described_vision_weight if describes else settings.vision_weight
-    if document.caption < 0:
+    weights[first - 1 : behind] = (
+        settings.described_vision_weight if describes else settings.vision_weight
+    )
+    if caption < 0:
         # Up to its EOS this is how a document that describes begins. Learning EOS here would
         # teach that a picture has no description, and greedy decoding would give none.
         weights[-1] = 0
+    kinds_of = _KINDS_OF[int(describes)]
+    kinds.fill(kinds_of[0])
+    kinds_of.take(classes, out=kinds[first - 1 : behind], mode="clip")
+    return samples.vocabulary.eos
 
 
-def _other(samples: Samples, document: Document, settings: DataSettings, views: Views) -> None:
-    """A document of another task, or a piece of a text."""
+def _other(samples: Samples, document: Document, settings: DataSettings, views: Views) -> int:
+    """A document of another task, or a piece of a text; returns its last id."""
     row, recent = document.row, samples.recent
     task = int(samples.tasks[row])
     written = recent.get(row)
     if written is None:
         parts = compose(TASKS[task], samples.segments(row))
         written = write(parts, samples.vocabulary, settings.vision_weight)
-    if len(written[0]) != document.total + 1:
-        raise _unequal(samples, document, len(written[0]))
+    whole, weighed = written
+    if len(whole) != document.total + 1:
+        raise _unequal(samples, document, len(whole))
     if document.length < document.total:
-        while recent and sum(len(one) for one, _ in recent.values()) + document.total > RECENT:
+        while recent and sum(len(one) for one, _ in recent.values()) + len(whole) > RECENT:
             del recent[next(iter(recent))]
         recent[row] = written
     ids, weights, kinds = views
-    ids[:], weights[:] = (one[document.start : document.stop + 1] for one in written)
-    kinds[:] = _KINDS_OF[task + 1][samples.classes(ids)]
+    targets = slice(document.start + 1, document.stop + 1)
+    ids[:], weights[:] = whole[document.start : document.stop], weighed[targets]
+    kinds[:] = _KINDS_OF[task + 1][samples.classes(whole[targets])]
+    return int(whole[document.stop])
 
 
 def _unequal(samples: Samples, document: Document, found: int) -> UnimodalError:

@@ -212,7 +212,7 @@ def share(folder: Path, repeat: int) -> None:
 def plans(counts: list[int]) -> None:
     """Print what a plan of many rows takes, and the memory of their index."""
     print(
-        "\n| rows | columns, s | plan of 65,536 documents, s | memory, MiB |\n"
+        "\n| rows | columns, s | plan of 65,536 documents, s | peak memory with the index, MiB |\n"
         + "|---|---|---|---|"
     )
     vocabulary = Vocabulary.bytes(CODEBOOK)

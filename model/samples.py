@@ -1,7 +1,7 @@
 """The index of shards as plain columns: what each sample is, how long, and what it may say.
 
 A row is a number: of the rows of all shard directories, one behind the other. A million rows of
-two captions take about 0.4 GB, most of it the captions' text, and nothing grows with training.
+two captions take 0.6 GB, most of it the captions' text, and nothing grows with training.
 """
 
 from __future__ import annotations

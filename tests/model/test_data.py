@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from unimodal.model import data
 from unimodal.model.data import (
@@ -278,7 +282,17 @@ def documents(tmp_path_factory: pytest.TempPathFactory, tokenizer: VisionTokeniz
                 ],
             ),
         ]
-    writer = ShardWriter(tmp_path_factory.mktemp("documents"), tokenizer, vocabulary, {})
+    return _write(tmp_path_factory.mktemp("documents"), tokenizer, vocabulary, tasks)
+
+
+def _write(
+    out: Path,
+    tokenizer: VisionTokenizer,
+    vocabulary: Vocabulary,
+    tasks: Sequence[tuple[str, list[Piece]]],
+) -> Shards:
+    """Shards of documents; every tenth is for validation."""
+    writer = ShardWriter(out, tokenizer, vocabulary, {})
     samples = [
         Sample(
             key=f"doc{number:03d}",
@@ -523,3 +537,57 @@ def test_plain_webdataset_reads_captions_and_documents(
             codes = np.load(io.BytesIO(sample[name]), allow_pickle=False)
             assert np.array_equal(codes[0], piece.segment.codes)
             vision += 1
+
+
+WORDS = st.text(st.characters(codec="utf-8"), max_size=30)
+SIZES = st.tuples(st.integers(1, 3), st.integers(1, 4))
+
+
+@st.composite
+def _pieces(draw: st.DrawFn) -> tuple[str, list[Piece]]:
+    def vision() -> Image | Video:
+        height, width = draw(SIZES)
+        codes = np.full((draw(st.integers(1, 2)), height, width), draw(st.integers(0, 63)))
+        return Image(codes[0]) if draw(st.booleans()) else Video(codes, 6.0)
+
+    def some(role: str) -> list[Piece]:
+        things = draw(st.lists(st.booleans(), min_size=1, max_size=3))
+        return [Piece(Text(draw(WORDS)) if one else vision(), role) for one in things]
+
+    task = draw(st.sampled_from(["text", "chat", "interleaved", "edit"]))
+    if task == "text":
+        return task, [Piece(Text(draw(WORDS)))]
+    if task == "interleaved":
+        return task, some("text")
+    if task == "edit":
+        instruction = Piece(Text(draw(WORDS)), "instruction")
+        return task, [Piece(vision(), "source"), instruction, Piece(vision(), "result")]
+    turns = draw(st.integers(1, 2))
+    return task, [p for _ in range(turns) for role in ("user", "assistant") for p in some(role)]
+
+
+@given(st.lists(_pieces(), min_size=1, max_size=12))
+@hypothesis_settings(max_examples=15, deadline=None)
+def test_the_index_knows_the_length_of_every_document(
+    tokenizer: VisionTokenizer, made: list[tuple[str, list[Piece]]]
+) -> None:
+    vocabulary = Vocabulary.bytes(tokenizer.codebook_size)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = _write(Path(folder) / "shards", tokenizer, vocabulary, made)
+        samples = Samples([shards])
+        for row, (task, pieces) in enumerate(made):
+            ids, _ = write(compose(task, pieces), vocabulary, 0.5)
+            assert samples.lengths[row] == len(ids) - 1
+        loader = Loader(samples, DataSettings(context=2048), 0)
+        rows = sorted(d.row for one in loader.plan.packs for d in one)
+        assert rows == samples.rows["train"].tolist()
+        assert sum(map(len, (next(loader).keys for _ in loader.plan.packs))) == len(rows)
+
+
+def test_validation_holds_documents_of_all_tasks_and_cuts_long_texts(documents: Shards) -> None:
+    samples = Samples([documents])
+    batches = validation(samples, DataSettings(context=150), limit=10)
+    rows = samples.rows["val"]
+    kept = rows[(samples.lengths[rows] <= 150) | samples.splittable(rows)]
+    assert {key for batch in batches for key in batch.keys} == {samples.key(row) for row in kept}
+    assert sum(len(batch.ids) for batch in batches) == samples.lengths[kept].sum()

@@ -3,13 +3,13 @@
     OMP_NUM_THREADS=1 python benchmarks/loader.py [--repeat 5] [--vocabulary emu3:qwen.tiktoken]
 
 Both read every sample of a mix once, choose one of its two captions, tokenize it, build the
-document with targets, weights and positions, and pack best-fit over the same window, with the same
+document with targets, weights and positions, and pack over the same window, with the same
 function. The peer reads tars from front to back, as webdataset does, in the training process (0
 workers) and in one worker. All take turns in one run, files in the page cache; ratios are medians
 over the rounds, of tokens a second and of tokens a CPU second (of the busier process, where there
 are two), which another job on the machine disturbs less. Ours plans each time; its index is read
-before, as once in a run. Then: the share of loading in a step of the `tiny` recipe, and what the
-index and a plan of many rows take.
+before, as once in a run. First comes what the index and a plan of many rows take, last the share of
+loading in a step of the `tiny` recipe.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def rate(work: Callable[[], int]) -> tuple[float, float]:
 def compare(folder: Path, repeat: int, vocabulary: Vocabulary) -> None:
     """Print the table of all mixes."""
     columns = ["mix", "ours, M tokens/s", "0 workers", "1 worker", "ratio to 0", "to 1"]
-    print("|", " | ".join([*columns, "to 0, CPU", "to 1, CPU"]), "|\n|" + 8 * "---|")
+    print("\n|", " | ".join([*columns, "to 0, CPU", "to 1, CPU"]), "|\n|" + 8 * "---|")
     for number, (name, (sides, count, context)) in enumerate(MIXES.items()):
         shards = make(folder / str(number), sides, count, vocabulary)
         settings = DataSettings(context=context)
@@ -212,7 +212,7 @@ def share(folder: Path, repeat: int) -> None:
 def plans(counts: list[int]) -> None:
     """Print what a plan of many rows takes, and the memory of their index."""
     print(
-        "\n| rows | columns, s | plan of 65,536 documents, s | peak memory with the index, MiB |\n"
+        "| rows | columns, s | plan of 65,536 documents, s | peak memory with the index, MiB |\n"
         + "|---|---|---|---|"
     )
     vocabulary = Vocabulary.bytes(CODEBOOK)
@@ -267,11 +267,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     print(f"{platform.machine()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}\n")
+    plans(given.rows)  # first, as the peak of memory is that of the process
     vocabulary = Vocabulary.named(given.vocabulary, CODEBOOK)
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder), given.repeat, vocabulary)
         share(Path(folder) / "tiny", 4 * given.repeat)
-    plans(given.rows)
 
 
 if __name__ == "__main__":

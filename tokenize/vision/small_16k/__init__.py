@@ -1,1 +1,1 @@
-"""The vision tokenizer with 16,384 codes that ships with the package (weights, configuration, card)."""
+"""The shipped vision tokenizer with 16,384 codes (weights, configuration, card)."""

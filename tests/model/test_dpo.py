@@ -421,7 +421,7 @@ def test_every_mesh_prefers_as_one_process(
         settings = _preferring(tiny_settings, "steps=3", "optimizer.lr=1e-3", *sets)
         job = partial(train, [file], tmp_path / name, settings, init=base)
         if sets:
-            ranks.run(2, [(job, ())])
+            ranks.run(2, job)
         else:
             job()
     expected, found = (np.load(tmp_path / name / "reference.npy") for name in ("one", mesh))

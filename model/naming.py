@@ -55,11 +55,15 @@ def read_config(source: Path) -> DecoderConfig:
     if isinstance(record.get("text_config"), dict):  # Emu3ForConditionalGeneration
         record = record["text_config"]
     rope = record.get("rope_parameters") or record.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UnimodalError(f"{source}: its rope parameters are {rope!r}, no object: copy it again")
     problems = []
     if kind not in TYPES:
         problems.append(f"model_type {kind!r} is not one of {', '.join(TYPES)}")
-    if rope.get("rope_type", "default") != "default":
-        problems.append(f"rope_type {rope['rope_type']!r} is not supported")
+    if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        problems.append(f"rope_type {scaling!r} is not supported")
+    if (act := record.get("hidden_act", "silu")) != "silu":
+        problems.append(f"hidden_act {act!r} is not supported, only silu")
     for flag in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
         if record.get(flag):
             problems.append(f"{flag} is not supported")

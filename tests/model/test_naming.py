@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from unimodal.cli.app import app
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
 from unimodal.model.export import _emu3_tokenizer, export_model, strings, write_weights
-from unimodal.model.naming import config_record
+from unimodal.model.naming import config_record, read_config
 from unimodal.model.sample import Sampler
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.tokenize.text import TextTokenizer
@@ -284,3 +284,25 @@ def test_what_a_naming_cannot_say_and_full_folders_are_refused(
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="is not empty"):
         export_model(checkpoint[0], tmp_path / "normed")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type 'linear' is not supp"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+        ({"rope_scaling": "x"}, "its rope parameters are 'x', no object"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+    ],
+)
+def test_a_config_of_another_graph_is_refused(
+    tmp_path: Path, changed: dict[str, object], message: str
+) -> None:
+    file = tmp_path / "config.json"
+    record = config_record(DecoderConfig(SHAPE, 301, 64))
+    record.pop("rope_parameters", None)
+    file.write_text(json.dumps(record | {"rope_scaling": {"type": "default"}}))
+    assert read_config(file).shape.width == SHAPE.width
+    file.write_text(json.dumps(record | changed))
+    with pytest.raises(UnimodalError, match=f"config.json: .*{message}"):
+        read_config(file)

@@ -14,6 +14,7 @@ is built. That takes well under 1 % of a step of the smallest recipe, so there i
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -135,7 +136,7 @@ def mixture(samples: Samples, settings: DataSettings, seed: int) -> list[Source]
     nothing fits in the context.
     """
     count, given = len(samples.shards), settings.weights
-    if given and (len(given) != count or min(given) <= 0):
+    if given and (len(given) != count or not all(0 < weight < math.inf for weight in given)):
         raise UnimodalError(
             f"data.weights = {given} for {count} shard directories: give each a number above 0, "
             "and leave out a directory that should not count"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -486,6 +487,8 @@ def test_windows_share_out_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([1.0], r"data.weights = \[1.0\] for 2 shard directories"),
         ([1.0, 0.0], r"give each a number above 0"),
+        ([math.nan, 1.0], r"give each a number above 0"),
+        ([math.inf, 1.0], r"give each a number above 0"),
     ],
 )
 def test_weights_that_make_no_mixture_are_one_clear_line(

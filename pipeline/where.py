@@ -22,10 +22,10 @@ def rows_where(table: pa.Table, where: str, name: str) -> pa.Array:
     # A condition may come from a stranger's script: no files, no extensions.
     config: dict[str, Any] = {"enable_external_access": "false", "lock_configuration": "true"}
     with duckdb.connect(":memory:", config=config) as database:
-        database.register(name, table.append_column("row", pa.array(range(table.num_rows))))
+        database.register(name, table.append_column("__row", pa.array(range(table.num_rows))))
         try:
-            rows = database.sql(f"SELECT row FROM {name} WHERE ({where}\n) ORDER BY row")
-            return rows.to_arrow_table().column("row").combine_chunks()
+            rows = database.sql(f"SELECT __row FROM {name} WHERE ({where}\n) ORDER BY __row")
+            return rows.to_arrow_table().column("__row").combine_chunks()
         except duckdb.Error as error:
             said = str(error).splitlines()[0]
             missing = re.search(r'column "(.+?)" not found', said)

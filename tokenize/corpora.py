@@ -173,7 +173,7 @@ def _recognise(path: Path, settings: TokenizeSettings) -> Corpus:
             io.TextIOWrapper(io.BytesIO(head[: _whole(head)]), "utf-8").read()
             return Corpus(str(path), form, "text")
         first = next(_first_rows(path, form), None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as {path.suffix} ({error})") from error
     if not isinstance(first, dict):
         raise UsageError(f"{path}: holds no row that is an object; see docs/documents.md")
@@ -186,13 +186,15 @@ def _recognise(path: Path, settings: TokenizeSettings) -> Corpus:
             "text_column=…), chats (conversations), interleaved documents (content) nor edits "
             f"(source, instruction, result): the first has {', '.join(map(str, first)) or 'no key'}"
         )
-    numbers = (
-        name
-        for name, value in first.items()
+    numbers = {
+        tables.clean(name).lower(): tables.clean(name)
+        for name, value in reversed(first.items())
         if isinstance(value, int | float) and not isinstance(value, bool)
-        if name not in (*INDEX.names, *names, "id")
-    )
-    return Corpus(str(path), form, task, tuple(sorted(numbers)))
+        if name not in names and not name.startswith("__")
+    }
+    for own in (*INDEX.names, "id"):  # SQL knows no case; what is left out stays in the metadata
+        numbers.pop(own, None)
+    return Corpus(str(path), form, task, tuple(sorted(numbers.values())))
 
 
 def _first_rows(path: Path, form: str) -> Iterator[Any]:
@@ -458,14 +460,15 @@ def _draft(
     except ValueError as error:
         return Draft(where, "", corpus.task, problem=str(error)[:500])
     known = {settings.text_column, "image", *corpus.numbers, *KEYS.get(corpus.task, ())}
-    meta = {str(name): tables.as_text(cell) for name, cell in value.items() if name not in known}
+    cells = {tables.clean(str(name)): cell for name, cell in value.items()}
+    meta = {name: tables.as_text(cell) for name, cell in cells.items() if name not in known}
     return Draft(
         where,
         f"{hashlib.sha256(written).hexdigest()[:32]}-{number:09d}",
         corpus.task,
         pieces,
-        {name: _number(value.get(name)) for name in corpus.numbers},
-        {tables.clean(name): text for name, text in meta.items() if text},
+        {name: _number(cells.get(name)) for name in corpus.numbers},
+        {name: text for name, text in meta.items() if text},
     )
 
 

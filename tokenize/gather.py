@@ -35,8 +35,9 @@ from unimodal.tokenize.shards import INDEX, Shards, ShardWriter, commit_shard, s
 
 TASK = "copied"
 MAX_SHARD_BYTES = 256 << 20
-_SPAN = ("source", "start", "size")
-"""Columns behind those of an index: which directory, and where in the tar the sample lies."""
+_SPAN = ("__source", "__start", "__size")
+"""Columns behind those of an index: which directory, and where in the tar the sample lies. Users'
+numbers ride along under names of their own, which are never such."""
 
 
 def gather(
@@ -70,7 +71,7 @@ def gather(
                 digest = hashlib.sha256(text.encode()).hexdigest()
                 if not writer.has(count, digest):
                     writer.begin([count])
-                    paths = [sources[row["source"]].path / row["shard"] for row in told]
+                    paths = [sources[row["__source"]].path / row["shard"] for row in told]
                     name = shard_paths(out, count)[0].name
                     both = zip(told, paths, strict=True)
                     adds = (partial(_add, row, path, name) for row, path in both)
@@ -106,7 +107,7 @@ def _common(sources: Sequence[Shards]) -> dict[str, Any]:
 def _chosen(sources: Sequence[Shards], where: str, progress: Progress) -> pa.Table:
     """Rows of the new index, but for their new places: in the order of directories and tars."""
     tables = [
-        _spans(source).append_column("source", pa.array([number] * len(source.index), pa.int32()))
+        _spans(source).append_column("__source", pa.array([number] * len(source.index), pa.int32()))
         for number, source in enumerate(sources)
     ]
     rows = pa.concat_tables(tables, promote_options="default")
@@ -116,21 +117,21 @@ def _chosen(sources: Sequence[Shards], where: str, progress: Progress) -> pa.Tab
     if not len(rows):
         names = ", ".join(str(source.path) for source in sources)
         raise UnimodalError(f'no sample of {names} holds for "{where}"')
-    rows = rows.append_column("row", pa.array(np.arange(len(rows))))
-    kept = rows.group_by("key").aggregate([("row", "min")])["row_min"].sort()
+    rows = rows.append_column("__row", pa.array(np.arange(len(rows))))
+    kept = rows.group_by("key").aggregate([("__row", "min")])["__row_min"].sort()
     if twice := len(rows) - len(kept):
         progress.note(f"{twice} samples were in several directories: taken from the first")
-    rows = rows.take(kept).drop_columns(["row"])
+    rows = rows.take(kept).drop_columns(["__row"])
     both = rows.filter(pc.equal(rows["split"], "val"))["source_sha256"]
     split = pc.if_else(pc.is_in(rows["source_sha256"], both), "val", "train")
     at = INDEX.get_field_index("split")
     rows = rows.set_column(at, INDEX.field("split"), split)
-    order = [(name, "ascending") for name in ("source", "shard", "start")]
+    order = [(name, "ascending") for name in ("__source", "shard", "__start")]
     return rows.sort_by(order)
 
 
 def _spans(source: Shards) -> pa.Table:
-    """The index with `start` and `size`: where all members of a sample lie, headers and all.
+    """The index with `__start` and `__size`: where all members of a sample lie, headers and all.
 
     A sample begins where the one before it ends, and ends with its last member.
     """
@@ -144,8 +145,8 @@ def _spans(source: Shards) -> pa.Table:
     starts = np.zeros_like(ends)
     same = shard[order[1:]] == shard[order[:-1]]
     starts[order[1:]] = np.where(same, ends[order[:-1]], 0)
-    return index.append_column("start", pa.array(starts)).append_column(
-        "size", pa.array(ends - starts)
+    return index.append_column("__start", pa.array(starts)).append_column(
+        "__size", pa.array(ends - starts)
     )
 
 
@@ -157,7 +158,7 @@ def _padded(offset: pa.ChunkedArray, nbytes: pa.ChunkedArray) -> np.ndarray:
 def _units(rows: pa.Table, most: int) -> Iterator[pa.Table]:
     """Rows of each new shard, sorted by key."""
     start, held = 0, 0
-    for at, size in enumerate(rows["size"].to_pylist()):
+    for at, size in enumerate(rows["__size"].to_pylist()):
         if at > start and (at - start >= most or held + size > MAX_SHARD_BYTES):
             yield rows.slice(start, at - start).sort_by("key")
             start, held = at, 0
@@ -167,7 +168,7 @@ def _units(rows: pa.Table, most: int) -> Iterator[pa.Table]:
 
 def _add(row: dict[str, Any], tar: Path, shard: str, file: io.BufferedWriter) -> dict[str, Any]:
     """Copy the members of a sample; returns its row of the new index."""
-    start, size, to = row["start"], row["size"], file.tell()
+    start, size, to = row["__start"], row["__size"], file.tell()
     with tar.open("rb") as source:
         data = os.pread(source.fileno(), size, start)
     header = f"{row['key']}.json".encode()

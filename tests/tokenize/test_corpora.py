@@ -19,6 +19,7 @@ from unimodal.pipeline.progress import Progress
 from unimodal.tokenize import corpora
 from unimodal.tokenize.corpora import RowUnit, drafts, find_corpora, row_units
 from unimodal.tokenize.document import Image, Piece, Text, compose, parts_length, write
+from unimodal.tokenize.gather import gather
 from unimodal.tokenize.run import TokenizeSettings, estimate, tokenize
 from unimodal.tokenize.shards import Shards
 from unimodal.tokenize.vocabulary import Vocabulary
@@ -432,6 +433,26 @@ def test_parquet_rows_ride_along_without_their_bytes(tmp_path: Path) -> None:
     _, found = planned([tmp_path / "a.parquet"])
     assert found[0].scores == {"score": 0.5} and found[0].meta == {"id": "3", "url": "u"}
     assert find_corpora([tmp_path / "a.parquet"], SMALL)[0].numbers == ("score",)
+
+
+def test_columns_of_numbers_never_clash_with_our_own(tmp_path: Path, block_mean: Any) -> None:
+    kept = dict.fromkeys(["row", "size", "source", "start", "\ud800"], 1.5)
+    left_out = dict.fromkeys(["Key", "OFFSET", "split", "__row"], 2)
+    rows = [{"text": f"text {n}"} | kept | left_out | {"row": 9 - n} for n in range(4)]
+    path = lines(tmp_path / "a.jsonl", rows)
+    made = tokenize(path, tmp_path / "o", SMALL, tokenizer=block_mean)
+    assert made.index.column_names[17:] == ["?", "row", "size", "source", "start"]
+    found = gather([made.path], 'row >= 8 AND size = 1.5 AND "?" > 1', tmp_path / "c")
+    assert sorted(found.segments(n)[0].segment.text for n in range(2)) == ["text 0", "text 1"]
+    assert found.index["size"].to_pylist() == found.index["source"].to_pylist() == [1.5, 1.5]
+    assert planned([path])[1][0].meta == dict.fromkeys(left_out, "2")
+
+
+def test_a_first_row_that_is_too_deep_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"text": "x", "a": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    with pytest.raises(UsageError, match=r"deep\.jsonl: cannot be read as \.jsonl \(.*recursion"):
+        find_corpora([path], SMALL)
 
 
 def test_a_picture_that_killed_a_worker_is_not_touched_again(

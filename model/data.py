@@ -90,6 +90,8 @@ class Cursor:
     and how many tokens it gave since the start. Empty: at the start."""
     pack: int = 0
     """Packs of the window that are done."""
+    begun: int = 0
+    """Packs of a step that were done already when the window began."""
 
     def __post_init__(self) -> None:  # JSON has no tuples
         object.__setattr__(self, "sources", tuple(tuple(one) for one in self.sources))
@@ -200,8 +202,10 @@ def plan(
     seed: int,
     positions: Sequence[tuple[int, int, int]],
     group: int = 1,
+    begun: int = 0,
 ) -> Plan:
-    """Packs of the window that begins at `positions`, see `Cursor.sources`; `group` make a step.
+    """Packs of the window that begins at `positions`, see `Cursor.sources`; `group` make a step,
+    the first of which has `begun` packs of the window before.
 
     Next comes always the source that is furthest behind its share of the tokens. A window ends
     with the epoch of the largest source, or after about WINDOW documents.
@@ -251,8 +255,12 @@ def plan(
     shuffled = [packs[i] for i in shuffle.permutation(len(packs)).tolist()]
     if settings.alike:  # in steps of packs that cost the same, the steps in any order
         shuffled.sort(key=_cost)
-        steps = [shuffled[i : i + group] for i in range(0, len(shuffled), group)]
-        shuffled = [one for i in shuffle.permutation(len(steps)).tolist() for one in steps[i]]
+        # Steps that two windows share are made of the cheapest packs of both.
+        first = -begun % group
+        whole = first + (len(shuffled) - first) % group
+        steps = [shuffled[i : i + group] for i in range(whole, len(shuffled), group)]
+        inner = [one for i in shuffle.permutation(len(steps)).tolist() for one in steps[i]]
+        shuffled = shuffled[:first] + inner + shuffled[first:whole]
     return Plan(shuffled, skipped, tuple(behind))
 
 
@@ -287,7 +295,7 @@ class Loader:
     @property
     def plan(self) -> Plan:
         """The plan of the cursor's window."""
-        at = self.cursor.sources, self._group
+        at = self.cursor.sources, self._group, self.cursor.begun
         if self._planned != at:
             self._planned = at
             self._plan = plan(self.samples, self.sources, self.settings, self.seed, *at)
@@ -307,17 +315,18 @@ class Loader:
         as much attention to compute. Raises `ValueError` if `packs` is no multiple of `world`.
         """
         self._group = packs if self.settings.alike else 1
-        chosen = [self._take() for _ in range(packs)]
+        chosen = [self._take(done) for done in range(packs)]
         mine = deal([_cost(one) for one in chosen], world)[rank]
         return [collate(self.samples, chosen[i], self.settings) for i in mine]
 
-    def _take(self) -> list[Document]:
+    def _take(self, done: int = 0) -> list[Document]:
+        """The next pack, of a step that has `done` of them already."""
         for _ in range(EMPTY):
             if self.cursor.pack < len(self.plan.packs):
                 documents = self.plan.packs[self.cursor.pack]
                 self.cursor = replace(self.cursor, pack=self.cursor.pack + 1)
                 return documents
-            self.cursor = Cursor(self.plan.behind, 0)
+            self.cursor = Cursor(self.plan.behind, 0, done % self._group)
         raise UnimodalError(
             f"nothing fits in data.context = {self.settings.context} tokens any more: raise it"
         )

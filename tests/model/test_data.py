@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -455,6 +456,29 @@ def test_ranks_have_as_much_attention_to_compute(alike: bool, each: int, least: 
         same = 64_850 * context * each
         shares.append((np.mean(loads) + same) / (max(loads) + same))
     assert np.mean(shares) >= least
+
+
+def test_every_step_within_a_window_is_of_packs_that_cost_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data, "WINDOW", 300)
+    monkeypatch.setattr(data, "collate", lambda samples, documents, settings: documents)
+    settings = DataSettings(context=64, alike=True)
+    loader = Loader(_lengths_alone(np.arange(1000) % 50 + 1), settings, 0)
+    steps: dict[object, list[list[int]]] = {}
+    while loader.cursor.epoch < 3:
+        window, done = loader.cursor.sources, loader.cursor.pack
+        step = sorted(data._cost(one) for one in loader.step(8))
+        if loader.cursor.sources == window:  # else two windows share it
+            assert loader.cursor.pack == done + 8
+            steps.setdefault(window, []).append(step)
+        again = Loader(loader.samples, settings, 0, Cursor(**asdict(loader.cursor)))
+        again._group = 8
+        assert again.plan == loader.plan
+    for found in steps.values():
+        assert len(found) > 8
+        for cheap, dear in pairwise(sorted(found)):
+            assert cheap[-1] <= dear[0]
 
 
 def _lengths_alone(sizes: np.ndarray) -> Samples:

@@ -178,23 +178,24 @@ def prefer(
     `scorers` by the names their scores are kept under; `votes` are filled-in copies of votes.csv,
     one a voter. With several scores or voters samples are ranked by the mean of their ranks.
     Without any, pictures and votes.csv are written instead. Raises `UnimodalError` if `out` holds
-    another run's candidates, and `UsageError` for settings and votes that cannot be.
+    another run's candidates or the context no such picture, and `UsageError` for settings and votes
+    that cannot be.
     """
     progress = progress or Progress()
     voting = not scorers and not votes
     given = settings.model_dump(include=set(SamplingSettings.model_fields), exclude_none=True)
     weights = sorted(find(checkpoint)[1].glob("model*.safetensors"))
+    grammar = sampler.grammar(*sampler.grid(settings.size, "image")[1:])
     about = {
         "checkpoint": fingerprint(*map(str, weights)),
         "vocabulary": sampler.vocabulary.digest(),
-        "grid": list(sampler.grid(settings.size, "image")[1:]),
+        "grid": list(grammar.shape),
         "n": settings.n,
         "seed": settings.seed,
         **{key: given.get(key, own) for key, own in sampler.defaults.model_dump().items()},
     }
     _same(out, about, prompts)
     ballots = {str(path): _votes(path) for path in votes}
-    grammar = BlockGrammar(sampler.vocabulary, *about["grid"])
     rows: list[dict[str, Any]] = []
     counts = {"prompts": len(prompts), "triplets": 0, "tied": 0, "identical": 0, "unscored": 0}
     progress.begin("prefer", len(prompts), "prompts")

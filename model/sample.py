@@ -31,7 +31,7 @@ from unimodal.model.recipe import RECIPES, SamplingSettings
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.settings import build, load_recipe
-from unimodal.tokenize.document import Image, Video, serialize
+from unimodal.tokenize.document import Image, Video, block_length, serialize
 from unimodal.tokenize.vocabulary import Vocabulary
 
 SPATIAL = 8
@@ -149,8 +149,7 @@ class Sampler:
         is None, the checkpoint's own recipe says how it is best drawn from.
         Raises `UnimodalError` for values out of range and for what the context cannot hold.
         """
-        height, width = self.grid(size, "image")[1:]
-        grammar = BlockGrammar(self.vocabulary, height, width)
+        grammar = self.grammar(*self.grid(size, "image")[1:])
         choice = self._choice(temperature, top_k, top_p, plausible)
         codes = self.codes(prompts, grammar, n, guidance, choice, seed, negative, progress)
         flat = [one for row in codes for one in row]
@@ -188,7 +187,7 @@ class Sampler:
             fps = next((g["fps"] for g in self.grids if g["kind"] == "video"), 8.0)
         if not 0 < fps < math.inf:
             raise UsageError(f"fps {fps} must be positive")
-        grammar = BlockGrammar(self.vocabulary, height, width, latent, fps)
+        grammar = self.grammar(height, width, latent, fps)
         choice = self._choice(temperature, top_k, top_p, plausible)
         codes = self.codes(prompts, grammar, n, guidance, choice, seed, negative, progress)
         clips = self.pixels([one for row in codes for one in row], False)
@@ -414,16 +413,26 @@ class Sampler:
             )
         return int(seen[0]) if seen else 1, size[0] // SPATIAL, size[1] // SPATIAL
 
+    def grammar(
+        self, height: int, width: int, frames: int | None = None, fps: float | None = None
+    ) -> BlockGrammar:
+        """The schedule of a block; sizes in codes. Raises `UnimodalError` if no context holds it,
+        before it is built: that takes time and memory of its length."""
+        context = self.decoder.config.context
+        block = block_length(self.vocabulary, height, width, frames, fps)
+        if 1 + block > context:
+            shape = f"{height}*{width}" if frames is None else f"{frames}*{height}*{width}"
+            raise UnimodalError(
+                f"{shape} codes take {block} tokens, the context of this checkpoint holds "
+                f"{context}: choose a smaller size or fewer frames"
+            )
+        return BlockGrammar(self.vocabulary, height, width, frames, fps)
+
     def _fits(self, prompt_ids: int, grammar: BlockGrammar, rest: int, prompt: str) -> None:
         context, block = self.decoder.config.context, len(grammar.template)
         if prompt_ids + block <= context:
             return
         shape = "*".join(map(str, grammar.shape))
-        if 1 + block > context:
-            raise UnimodalError(
-                f"{shape} codes take {block} tokens, the context of this checkpoint holds "
-                f"{context}: choose a smaller size or fewer frames"
-            )
         shown = prompt if len(prompt) <= 40 else prompt[:40] + "…"
         raise UnimodalError(
             f"prompt {shown!r} takes {prompt_ids} tokens; with {block} of {shape} codes that is "

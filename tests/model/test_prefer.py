@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from unimodal.cli.app import app
+from unimodal.model import sample
 from unimodal.model.dpo import Triplets
 from unimodal.model.prefer import (
     TRIPLETS,
@@ -199,6 +200,15 @@ def test_scores_without_weights_say_what_to_give() -> None:
 def test_the_format_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "preferences.md").read_text()
     assert [name for name in (*TRIPLETS, "brightness", "color") if f"`{name}`" not in text] == []
+
+
+def test_a_size_beyond_the_context_is_said_before_anything_is_made(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "BlockGrammar", None)  # of such a size it takes gigabytes
+    with pytest.raises(UnimodalError, match=r"12500\*12500 codes take 1562\d+ tokens, .* context"):
+        make(tmp_path / "out", size=(100_000, 100_000))
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_are_lines(tmp_path: Path) -> None:

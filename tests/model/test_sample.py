@@ -19,6 +19,7 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from unimodal.model import sample as module
 from unimodal.model.choice import Choice, Noise
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
 from unimodal.model.grammar import BlockGrammar
@@ -305,6 +306,16 @@ def test_what_cannot_be_done_is_said_in_one_line(
     with pytest.raises(UnimodalError, match=message) as caught:
         call(sampler)
     assert "\n" not in str(caught.value)
+
+
+def test_what_no_context_holds_is_never_built(
+    sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BlockGrammar", None)  # of such a size it takes gigabytes
+    with pytest.raises(UnimodalError, match=r"50000\*50000 codes take 25000\d+ tokens"):
+        sampler.images(["a"], size=(400_000, 400_000))
+    with pytest.raises(UnimodalError, match=r"900000\*4\*4 codes take 189000\d+ tokens"):
+        sampler.videos(["a"], frames=3_600_000)
 
 
 @pytest.fixture(scope="module")

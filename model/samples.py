@@ -22,6 +22,12 @@ from unimodal.tokenize.vocabulary import Vocabulary
 TASKS = ("caption", "text", "chat", "interleaved", "edit")
 """What a row of the index can be; see `unimodal.tokenize.document.ROLES`."""
 
+DIGESTED = (
+    *("key", "source_sha256", "kind", "task", "split", "frames", "height", "width", "fps"),
+    *("captions", "segments"),
+)
+"""Columns of the index that a run depends on."""
+
 
 class ShardsLike(Protocol):
     """What is used of `unimodal.tokenize.shards.Shards`."""
@@ -167,6 +173,11 @@ class Samples:
             found.append({"kind": kind, "size": size, "fps": fps, "samples": count})
         return sorted(found, key=lambda one: (-one["samples"], str([*one.values()])))[:limit]
 
+    def digests(self) -> list[str]:
+        """Of what each directory's index says of its samples, 16 hex digits: tells whether a run
+        is resumed with the same data. Where codes lie in the tars does not count."""
+        return [_digest(one.index) for one in self.shards]
+
     def _place(self, row: int) -> tuple[int, int]:
         """Number of the directory of a row, and the row within it."""
         number = bisect_right(self._starts, row) - 1
@@ -248,6 +259,29 @@ class _Columns:
         self.picked = np.flatnonzero(kept)
         self.tokens = values.field("tokens").to_numpy(zero_copy_only=False)[kept].astype(np.int64)
         self.texts = values.field("text")
+
+
+def _digest(index: Any) -> str:
+    found = hashlib.sha256()
+    for name in DIGESTED:
+        _hash(found, index.column(name).combine_chunks())
+    return found.hexdigest()[:16]
+
+
+def _hash(found: Any, column: Any) -> None:
+    """Hash the values of a column; nulls as 0 or nothing, since what lies under them is chance."""
+    if pa.types.is_list(column.type):
+        _hash(found, pc.list_value_length(column))
+        _hash(found, column.flatten())
+    elif pa.types.is_struct(column.type):
+        for number in range(column.type.num_fields):
+            _hash(found, column.field(number))
+    elif pa.types.is_string(column.type):
+        _hash(found, pc.binary_length(column))
+        whole = pa.ListArray.from_arrays([0, len(column)], pc.fill_null(column, ""))
+        found.update(pc.binary_join(whole, "")[0].as_buffer())
+    else:
+        found.update(pc.fill_null(column, 0).to_numpy(zero_copy_only=False))
 
 
 def _alike(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

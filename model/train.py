@@ -421,6 +421,7 @@ def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:
         "vision_tokenizer": coding(opened[0].manifest),
         "vocabulary": dict(opened[0].manifest["vocabulary"]),
         "samples": {split: len(rows) for split, rows in samples.rows.items()},
+        "shards": samples.digests(),
         "grids": samples.grids(),
     }
 

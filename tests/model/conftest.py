@@ -53,12 +53,13 @@ def make_shards(vocabulary: Vocabulary, tokenizer: VisionTokenizer) -> MakeShard
         fps: float = 6.0,
         joint: bool = False,
         by: VisionTokenizer = tokenizer,
+        prefix: str = "key",
     ) -> Shards:
         writer = ShardWriter(out, by, vocabulary, {"joint": True} if joint else {})
         samples = [
             Sample(
-                key=f"key{number:04d}",
-                uid=f"key{number:04d}",
+                key=f"{prefix}{number:04d}",
+                uid=f"{prefix}{number:04d}",
                 kind="image" if len(one) == 1 else "video",
                 codes=one,
                 split="val" if number in val else "train",

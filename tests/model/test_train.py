@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -190,6 +191,24 @@ def test_other_settings_or_other_shards_are_not_resumed(
     assert latest_step(out) == out / "step-00000009"
 
 
+def test_shards_of_equal_counts_but_other_samples_order_or_captions_are_not_resumed(
+    tmp_path: Path, tiny_settings: MakeSettings, make_shards: Callable[..., Shards]
+) -> None:
+    codes = [np.full((1, 2, 2), number) for number in range(4)]
+    texts = [["a"], ["b"], ["c"], ["d"]]
+    first = make_shards(tmp_path / "first", codes, texts)
+    second = make_shards(tmp_path / "second", codes, [["e"], ["f"], ["g"], ["h"]])
+    settings = tiny_settings("steps=1")
+    out = train([first.path, second.path], tmp_path / "run", settings)
+    foreign = make_shards(tmp_path / "foreign", codes, texts, prefix="other")
+    retold = make_shards(tmp_path / "retold", codes, [["a"], ["b"], ["z"], ["d"]])
+    for shards in ([second, first], [foreign, second], [retold, second]):
+        with pytest.raises(UnimodalError, match="the shards are not those"):
+            train([one.path for one in shards], out, settings)
+    again = make_shards(tmp_path / "again", codes, texts)  # elsewhere, the same
+    train([again.path, second.path], out, settings.model_copy(update={"steps": 2}))
+
+
 def test_fewer_steps_than_are_done_already_are_refused(
     tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings
 ) -> None:
@@ -310,8 +329,6 @@ def test_minutes_shorten_the_schedule_and_the_learning_rate_with_it(
 def test_shards_without_training_samples_are_refused(
     tmp_path: Path, tiny_settings: MakeSettings, make_shards: Callable[..., Shards]
 ) -> None:
-    import numpy as np
-
     shards = make_shards(tmp_path / "s", [np.zeros((1, 2, 2), int)], [["a"]], val=(0,))
     with pytest.raises(UnimodalError, match="hold no training sample"):
         train([shards.path], tmp_path / "run", tiny_settings())

@@ -90,7 +90,9 @@ class Learners:
                     moments[f"{moment}.{names[parameter]}"] = state[moment].detach()
         return moments
 
-    def _stepped(self, step: int) -> None:
+    def stepped(self, step: int) -> None:
+        """Let the optimizers believe that so many steps are done."""
+        self._moments()  # before the first one there is nothing that could count
         for optimizer in self.optimizers:
             if isinstance(optimizer, torch.optim.AdamW):
                 for parameter, state in optimizer.state.items():
@@ -241,7 +243,7 @@ def load_step(step: Path, learners: Learners) -> dict[str, Any]:
     for stem, named in learners.files().items():
         if stem != "model" or not is_adapted(learners.decoder):  # else: what is merged, is
             _fill(step / f"{stem}.safetensors", named)
-    learners._stepped(record["step"])
+    learners.stepped(record["step"])
     return record
 
 
@@ -354,16 +356,20 @@ def _inherit(decoder: Decoder, path: Path, data: Mapping[str, Any]) -> None:
     read_weights(decoder, step)
 
 
-def keep_inputs(out: Path, shards: Any) -> None:
-    """Put the vocabulary and the vision tokenizer of `shards` into the checkpoint directory."""
+def keep_inputs(out: Path, shards: Any, resumed: bool = False) -> None:
+    """Put the vocabulary and the vision tokenizer of `shards` into the checkpoint directory.
+
+    Those of an earlier start that never saved a step are replaced; a resumed run keeps its own.
+    """
     for name in ("vocabulary", "vision_tokenizer"):
         source, target = Path(shards.path) / name, out / name
-        if target.exists() or not source.is_dir():
+        if not source.is_dir() or (target.exists() and (resumed or target.samefile(source))):
             continue
         temporary = out / f".{name}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         # A hard link where the file system can: the bytes stay when the shards are deleted.
         shutil.copytree(source, temporary, copy_function=_link_or_copy)
+        shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
 
 
@@ -381,11 +387,18 @@ def to_toml(values: Mapping[str, Any], prefix: str = "") -> str:
         if isinstance(value, Mapping):
             tables.append(f"\n[{prefix}{key}]\n{to_toml(value, f'{prefix}{key}.')}")
         elif value is not None:
-            # JSON writes strings, numbers, booleans and lists of them as TOML does, except for
-            # two things that TOML refuses: escaped surrogate pairs, and DEL unescaped.
-            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-            lines.append(f"{key} = {text}\n")
+            lines.append(f"{key} = {_toml_value(value)}\n")
     return "".join(lines + tables)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, float):
+        return repr(value)  # also inf and nan, which JSON does not know
+    # JSON writes strings, whole numbers and booleans as TOML does, except for two things that
+    # TOML refuses: escaped surrogate pairs, and DEL unescaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:

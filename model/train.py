@@ -109,6 +109,8 @@ def _train(
     progress = progress if mesh.is_main else Progress()
     mesh.check(settings.decoder, settings.accumulate)
     previous = latest_step(out)
+    if (out / "manifest.json").exists():
+        raise UsageError(f"{out} holds shards: choose another directory for the checkpoint")
     if previous is not None and not resume:
         raise UnimodalError(f"{out} already holds a run: resume it, or choose another directory")
 
@@ -135,7 +137,7 @@ def _train(
     if previous is None:
         start(learners, settings.seed, init, about)
     if mesh.is_main:
-        keep_inputs(out, source)
+        keep_inputs(out, source, previous is not None)
         with atomic(out / "data.json") as file:
             file.write_text(json.dumps(about, indent=2) + "\n")
         with atomic(out / "config.toml") as file:
@@ -260,7 +262,8 @@ class _Run:
             drawn = draw(settings.seed, clock.step, hashed(who), "dropout")[0]
             torch.manual_seed(int(drawn * 2**63))
         decoder.train()
-        packs = self.loader.step(settings.accumulate, mesh.data_rank, mesh.data_world)
+        with mesh.together():  # a damaged shard is met by one process alone
+            packs = self.loader.step(settings.accumulate, mesh.data_rank, mesh.data_world)
         for pack in packs if self.peak is not None else ():
             ids = decoder.config.vocabulary_size
             each = sum(flops_per_token(settings, ids, pack.lengths)) * len(pack.ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tomllib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -151,10 +153,12 @@ def test_an_unknown_setting_names_the_nearest() -> None:
 
 def test_settings_written_as_toml_read_back_equal(tmp_path: Path) -> None:
     prompts = ['a "quoted" cat\n', "é 😀", "\x7f\x00"]
-    settings = settings_from("tiny", {"log": {"sample_prompts": prompts}})
+    data, sets = {"weights": [1e-7, 2.5]}, ["optimizer.clip=inf"]
+    settings = settings_from("tiny", {"log": {"sample_prompts": prompts}, "data": data}, sets=sets)
     path = tmp_path / "config.toml"
     path.write_text(to_toml(settings.model_dump(mode="json")))
     assert settings_from(path) == settings
+    assert tomllib.loads(to_toml({"a": [float("-inf"), True, 3]})) == {"a": [-math.inf, True, 3]}
 
 
 def test_learning_rate_warms_up_then_falls_to_its_minimum() -> None:

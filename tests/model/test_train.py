@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from unimodal.model import train as trainer
-from unimodal.model.checkpoint import latest_step
+from unimodal.model.checkpoint import keep_inputs, latest_step
 from unimodal.model.decoder import Decoder
 from unimodal.model.plan import flops_per_token, peak
 from unimodal.model.recipe import TrainSettings
@@ -207,6 +207,26 @@ def test_shards_of_equal_counts_but_other_samples_order_or_captions_are_not_resu
             train([one.path for one in shards], out, settings)
     again = make_shards(tmp_path / "again", codes, texts)  # elsewhere, the same
     train([again.path, second.path], out, settings.model_copy(update={"steps": 2}))
+
+
+def test_a_start_that_never_saved_leaves_no_vocabulary_to_the_next(
+    tmp_path: Path,
+    tiny_shards: Shards,
+    tiny_settings: MakeSettings,
+    make_shards: Callable[..., Shards],
+) -> None:
+    torch.manual_seed(1)
+    another = VisionTokenizer(MoVQ(MoVQConfig(codebook_size=64, ch=32, num_res_blocks=1)))
+    other = make_shards(tmp_path / "other", [tiny_shards.codes(0)] * 2, [["a"], ["b"]], by=another)
+    out = tmp_path / "run"
+    keep_inputs(out, other)
+    (out / "vocabulary" / "stale").write_text("")
+    train([tiny_shards.path], out, tiny_settings("steps=1"))
+    digest = VisionTokenizer.load(out / "vision_tokenizer").digest
+    assert digest == tiny_shards.manifest["vision_tokenizer"]["digest"]
+    assert not (out / "vocabulary" / "stale").exists()
+    with pytest.raises(UsageError, match="other holds shards: choose another directory"):
+        train([tiny_shards.path], other.path, tiny_settings("steps=1"))
 
 
 def test_fewer_steps_than_are_done_already_are_refused(

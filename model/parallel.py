@@ -233,6 +233,22 @@ class Mesh:
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         return highest.item()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """For what may raise `UnimodalError` in some processes only: all leave, but quietly those
+        behind the first that has one."""
+        error = None
+        try:
+            yield
+        except UnimodalError as problem:
+            error = problem
+        first = self.world - self.most(self.world - self.rank if error else 0)
+        if error and first == self.rank:
+            error.shared = False
+            raise error
+        if first < self.world:
+            raise SystemExit(1)
+
     def assembled(self, decoder: Decoder) -> Decoder | None:
         """An ordinary decoder of the same weights in the main process; None in the others."""
         if self.world == 1:
@@ -367,10 +383,13 @@ def joined(settings: MeshSettings, device: torch.device | str) -> Iterator[Mesh]
             _joined(settings, device) if world > 1 else nullcontext(Mesh(settings, device)) as mesh
         ):
             yield mesh
-    except UnimodalError:
-        if not is_main():
+    except UnimodalError as error:
+        if error.shared and not is_main():
             time.sleep(10)  # the main process says it for all, and ends them
         raise
+    except SystemExit:  # of `together`: one that has the error says it
+        time.sleep(10)
+        os._exit(1)
 
 
 def check_world(settings: MeshSettings, world: int) -> None:

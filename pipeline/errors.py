@@ -12,6 +12,8 @@ class UnimodalError(Exception):
     """
 
     exit_code = 1
+    shared = True
+    """Whether all processes of a run have it, so that one of them speaks for all."""
 
 
 class UsageError(UnimodalError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from unimodal.model.attention import Packed, Share, SharedPacked
 from unimodal.model.checkpoint import latest_step, to_toml
+from unimodal.model.data import Loader, Samples
 from unimodal.model.decoder import Shape
 from unimodal.model.parallel import Mesh, MeshSettings, joined
 from unimodal.model.train import train
@@ -214,3 +216,26 @@ def test_torchrun_and_nproc_launch_what_stops_and_goes_on_as_one(
     assert (long.returncode, out) == (1, "")
     assert errors.startswith("unimodal: stopped by SIGTERM at step ") and errors.count("\n") == 1
     assert latest_step(tmp_path / "nproc") != tmp_path / "nproc" / "step-00000004"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_shard_damaged_for_one_process_is_one_clear_line(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: Callable[..., Any], rank: int
+) -> None:
+    settings = tiny_settings("accumulate=2", "mesh.shard=2")
+    (tmp_path / "recipe.toml").write_text(to_toml(settings.model_dump(mode="json")))
+    loader = Loader(Samples([tiny_shards]), settings.data, settings.seed)
+    (key, *_) = loader.step(2, rank, 2)[0].keys
+    (row,) = (one for one in tiny_shards.index.to_pylist() if one["key"] == key)
+    shards = shutil.copytree(tiny_shards.path, tmp_path / "shards")
+    with (shards / row["shard"]).open("r+b") as tar:
+        tar.seek(row["offset"])
+        tar.write(b"damaged")
+    command = [sys.executable, "-m", "unimodal.cli", "train", "shards", "--recipe", "recipe.toml"]
+    done = subprocess.run(
+        [*command, "--quiet", "--nproc", "2"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"unimodal: shards/{row['shard']} does not hold the codes of")
+    assert key in done.stderr and done.stderr.count("\n") == 1

@@ -137,6 +137,8 @@ def _plan(
         raise UsageError("--plan does not read triplets: leave them out and give --length")
     record: dict[str, Any] = {}
     vocabulary, context = EMU3_VOCABULARY, settings.data.context
+    if length and length > context:
+        raise UsageError(f"--length {length} must be at most data.context = {context}")
     packs = [[length] * max(1, context // length)] if length else None
     if shards:
         samples = Samples(open_shards(shards), settings.data.styles)

@@ -160,8 +160,12 @@ def plan(
     document, which makes attention as dear as it can be. `gpus` of the kind `gpu` take as many
     copies of the recipe's mesh as they hold. `mfu` is the share of the GPUs' peak that is assumed
     to be reached, `tokens` how many are to be seen (default: those of all steps). Raises
-    `UsageError` for GPUs that the mesh does not fit.
+    `UsageError` for GPUs that the mesh does not fit, and figures that cannot be.
     """
+    if not 0 < mfu <= 1:
+        raise UsageError(f"--mfu {mfu} must be above 0 and at most 1")
+    if tokens is not None and not 0 < tokens < math.inf:
+        raise UsageError(f"--tokens {tokens} must be a number above 0")
     if gpu is not None and gpu not in GPUS:
         raise UsageError(f"no GPU {gpu} is known: give one of {', '.join(GPUS)}")
     mesh, context = settings.mesh, settings.data.context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,24 @@ def test_gpus_take_copies_of_the_mesh_and_days_follow() -> None:
         plan(settings, gpus=100)
     with pytest.raises(UsageError, match="no GPU h900 is known"):
         plan(settings, gpu="h900")
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "message"),
+    [
+        ("--mfu", ("0", "-0.4", "1.1", "nan"), "must be above 0 and at most 1"),
+        ("--tokens", ("0", "-1e12", "nan", "inf"), "must be a number above 0"),
+        ("--length", ("129",), r"129 must be at most data.context = 128"),
+    ],
+)
+def test_figures_that_cannot_be_are_one_clear_line(
+    option: str, values: tuple[str, ...], message: str
+) -> None:
+    base = ["train", "--plan", "--device", "cpu", "--gpus", "8", "--set", "data.context=128"]
+    for value in values:
+        error = CliRunner().invoke(app, [*base, option, value]).exception
+        assert isinstance(error, UsageError), value
+        assert re.match(f"{option} .*{message}", str(error))
 
 
 def test_the_command_plans_by_the_lengths_of_the_shards_and_makes_nothing(

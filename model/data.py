@@ -288,7 +288,7 @@ class Loader:
                 f"the position is in {len(self.cursor.sources)} shard directories, not in "
                 f"{len(self.sources)}: give those that the run began with"
             )
-        self._planned: tuple[object, int] = (None, 0)
+        self._planned: object = None
         self._plan = Plan([], 0, ())
         self._group = 1
 

@@ -263,7 +263,6 @@ class _Run:
             torch.manual_seed(int(drawn * 2**63))
         decoder.train()
         with mesh.together():  # a damaged shard is met by one process alone
-            with mesh.together():  # a damaged shard is met by one process alone
             packs = self.loader.step(settings.accumulate, mesh.data_rank, mesh.data_world)
         for pack in packs if self.peak is not None else ():
             ids = decoder.config.vocabulary_size

@@ -457,11 +457,11 @@ def _draft(
             raise ValueError("nothing is in it")
         written = json.dumps([corpus.task, said]).encode()
         pieces = [(k, role, _uri(v, base) if k == "image" else v) for k, role, v in said]
-    except ValueError as error:
+        known = {settings.text_column, "image", *corpus.numbers, *KEYS.get(corpus.task, ())}
+        cells = {tables.clean(str(name)): cell for name, cell in value.items()}
+        meta = {name: tables.as_text(cell) for name, cell in cells.items() if name not in known}
+    except (ValueError, RecursionError) as error:
         return Draft(where, "", corpus.task, problem=str(error)[:500])
-    known = {settings.text_column, "image", *corpus.numbers, *KEYS.get(corpus.task, ())}
-    cells = {tables.clean(str(name)): cell for name, cell in value.items()}
-    meta = {name: tables.as_text(cell) for name, cell in cells.items() if name not in known}
     return Draft(
         where,
         f"{hashlib.sha256(written).hexdigest()[:32]}-{number:09d}",

@@ -453,6 +453,12 @@ def test_a_first_row_that_is_too_deep_is_one_line(tmp_path: Path) -> None:
     path.write_text('{"text": "x", "a": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
     with pytest.raises(UsageError, match=r"deep\.jsonl: cannot be read as \.jsonl \(.*recursion"):
         find_corpora([path], SMALL)
+    # Later ones are rows that are no documents, also where reading goes deeper than writing.
+    deeper = ['{"text": "x", "a": ' + "[" * n + "]" * n + "}\n" for n in range(1, 1001)]
+    path.write_text("".join(deeper))
+    found = planned([path])[1]
+    assert len(found) == 1000 and found[0].meta["a"] == "[]"
+    assert all("recursion" in draft.problem for draft in found if not draft.meta)
 
 
 def test_a_picture_that_killed_a_worker_is_not_touched_again(

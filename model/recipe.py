@@ -109,7 +109,8 @@ class TrainSettings(Settings):
     """Optimizer steps."""
     minutes: float | None = Field(default=None, gt=0)
     """Shorten `steps` to what this machine does in so many minutes, by the pace measured as it
-    goes. The schedule then depends on the machine; a resumed run keeps the one it had."""
+    goes. The schedule then depends on the machine; a resumed run keeps the one it had, unless it
+    is asked for other `steps` or `minutes`."""
     accumulate: int = Field(default=1, ge=1)
     """Packs of `data.context` tokens whose gradients make one step."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,7 @@ from unimodal.model.data import (
     KINDS,
     Batch,
     Cursor,
+    DataSettings,
     Loader,
     Samples,
     coding,
@@ -74,6 +75,12 @@ class Clock:
     def seconds(self) -> float:
         """Seconds of training so far, those of earlier processes included."""
         return self.elapsed_s + time.perf_counter() - self.began
+
+    def fitting(self, steps: int, minutes: float) -> int:
+        """Steps of a schedule, at most `steps`, that `minutes` allow at the pace so far."""
+        seconds = self.seconds()
+        left = (minutes * 60 - seconds) * self.step / seconds
+        return min(steps, self.step + max(1, int(left)))
 
 
 def train(
@@ -122,6 +129,7 @@ def _train(
         opened = open_shards(shards)
         samples, source = Samples(opened, settings.data.styles), opened[0]
         about = _about(opened, samples)
+        _check_learned(samples, settings.data)
     out.mkdir(parents=True, exist_ok=True)
     if previous is not None:
         if read_json(out / "data.json") != json.loads(json.dumps(about)):
@@ -150,16 +158,19 @@ def _train(
         cursor = state["cursor"]
         clock = Clock(state["step"], settings.steps, state["tokens"], state["elapsed_s"])
         if settings.minutes is not None:
-            clock.total = state["total"]
+            same = state.get("asked") == [settings.steps, settings.minutes]
+            total = state["total"] if same else clock.fitting(settings.steps, settings.minutes)
+            clock.total = int(mesh.most(total))
         if mesh.leads:
             losses.restore(state["losses"])
         progress.note(f"resuming at step {clock.step} of {clock.total}")
     loader: Loader | Pairs
     if isinstance(samples, Triplets):
-        loader = Pairs(samples, settings.dpo, settings.data, settings.seed, Position(**cursor))
+        place = _place(Position, cursor, out)
+        loader = Pairs(samples, settings.dpo, settings.data, settings.seed, place)
         loader.refer(learners.decoder, out / "reference.npy", mesh, previous is not None)
     else:
-        loader = Loader(samples, settings.data, settings.seed, Cursor(**cursor))
+        loader = Loader(samples, settings.data, settings.seed, _place(Cursor, cursor, out))
     progress.note(_introduction(learners.decoder, loader, settings, mesh))
     run = _Run(out, settings, mesh, learners, loader, clock, losses, progress)
     run.peak = peak(mesh.device) if settings.precision == "bfloat16" else None
@@ -273,25 +284,28 @@ class _Run:
             sum(float(batch.weights.sum()) for batch in batches),
             sum(len(pack.ids) for pack in packs) / settings.mesh.context,
         )
+        clock.tokens += round(tokens)
+        lr = learning_rate(clock.step, clock.total, settings.optimizer)
+        fill = round(tokens / (settings.accumulate * settings.data.context), 4)
+        if not weight:  # on every process alike: nothing in these packs is a target
+            self.learners.stepped(clock.step + 1)
+            return {"loss": 0.0, "lr": lr, "grad_norm": 0.0, "fill": fill}
         total = 0.0
         for batch in batches:
             loss = self.loss(decoder, batch, self.losses)
             (loss / weight).backward()
             total += float(loss.detach()) / weight
-        clock.tokens += round(tokens)
         (total,) = mesh.totals(total)
         norm = mesh.clip(decoder.parameters(), settings.optimizer.clip)
         if not torch.isfinite(torch.tensor([total, norm])).all():
             self.stop_not_finite(batches, total, norm)
-        lr = learning_rate(clock.step, clock.total, settings.optimizer)
         for optimizer in self.learners.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.learners.average.update(clock.step)
-        room = settings.accumulate * settings.data.context
-        return {"loss": total, "lr": lr, "grad_norm": norm, "fill": round(tokens / room, 4)}
+        return {"loss": total, "lr": lr, "grad_norm": norm, "fill": fill}
 
     def write(self, values: dict[str, float], shown: Mapping[str, Any] | None = None) -> None:
         """Record and show `values`, and `shown` as well."""
@@ -375,6 +389,7 @@ class _Run:
         state = {
             "step": clock.step,
             "total": clock.total,
+            "asked": [self.settings.steps, self.settings.minutes],
             "tokens": clock.tokens,
             "elapsed_s": clock.seconds(),
             "cursor": asdict(self.loader.cursor),
@@ -388,10 +403,7 @@ class _Run:
         doublings = clock.step // FIRST_PACE
         if clock.step % FIRST_PACE or doublings & (doublings - 1):
             return
-        seconds = clock.seconds()
-        left = (minutes * 60 - seconds) * clock.step / seconds
-        total = min(self.settings.steps, clock.step + max(1, int(left)))
-        clock.total = int(self.mesh.most(total))
+        clock.total = int(self.mesh.most(clock.fitting(self.settings.steps, minutes)))
         self.progress.begin("train", clock.total, "steps")
         self.progress.advance("train", clock.step - 1)
 
@@ -415,6 +427,32 @@ class _Run:
         raise UnimodalError(
             f"the loss is {loss} (gradient norm {norm}) at step {self.clock.step}; {path} names "
             "the samples and tensors: lower optimizer.lr or raise optimizer.warmup, and resume"
+        )
+
+
+P = TypeVar("P", Position, Cursor)
+
+
+def _place(kind: type[P], saved: Mapping[str, Any], out: Path) -> P:
+    """The place in the data that a step of `out` saved."""
+    try:
+        return kind(**saved)
+    except TypeError as error:
+        raise UnimodalError(
+            f"{out} was saved by another version, whose place in the data this one cannot read: "
+            f"start anew in another directory with --init {out}"
+        ) from error
+
+
+def _check_learned(samples: Samples, data: DataSettings) -> None:
+    """Raise `UsageError` if no target of any document has a weight."""
+    rows = samples.rows["train"]
+    texts = data.understanding > 0 or (data.caption_weight > 0 and data.caption_dropout < 1)
+    told = texts and samples.captions(rows).any()
+    if len(rows) and not (data.vision_weight or told or samples.tasks[rows].any()):
+        raise UsageError(
+            "nothing would be learned: data.vision_weight is 0 and no text of these shards is a "
+            "target; raise it, data.caption_weight or data.understanding, or give captions"
         )
 
 

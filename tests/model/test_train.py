@@ -346,6 +346,55 @@ def test_minutes_shorten_the_schedule_and_the_learning_rate_with_it(
     assert last["lr"] < 0.1 * settings.optimizer.lr
 
 
+def test_other_steps_or_minutes_of_a_resumed_run_count(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings
+) -> None:
+    timed = tiny_settings("steps=100000", "minutes=0.01")
+    out = train([tiny_shards.path], tmp_path, timed)
+    done = latest_step(out)
+    train([tiny_shards.path], out, timed)  # found finished, though the pace would allow others
+    assert latest_step(out) == done and done is not None
+    more = int(done.name[-8:]) + 3
+    train([tiny_shards.path], out, tiny_settings(f"steps={more}", "minutes=60"))
+    assert latest_step(out) == out / f"step-{more:08d}"
+    # What was asked for and not yet saved is asked for again; the pace so far says how much it is.
+    state = json.loads((out / f"step-{more:08d}" / "train.json").read_text())
+    minutes = 1.2 * state["elapsed_s"] / 60
+    train([tiny_shards.path], out, tiny_settings("steps=100000", f"minutes={minutes}"))
+    assert more < int((out / "latest").read_text()[-9:]) < 3 * more + 50
+
+
+def test_a_step_without_targets_is_skipped_and_settings_that_have_none_refused(
+    tmp_path: Path, tiny_settings: MakeSettings, make_shards: Callable[..., Shards]
+) -> None:
+    codes, told = [np.full((1, 5, 5), i) for i in range(6)], [["a"], *[[]] * 5]
+    shards = make_shards(tmp_path / "s", codes, told)
+    sets = ("data.vision_weight=0", "data.described_vision_weight=0", "data.context=64", "steps=12")
+    settings = tiny_settings(*sets, "data.understanding=1", "checkpoint.every=1")
+    out = train([shards.path], tmp_path / "run", settings)
+    losses = [record["loss"] for record in _records(out)]
+    assert losses.count(0.0) >= 8 and any(losses)  # one document of six has a caption
+    with pytest.raises(Interrupted):
+        parts = tmp_path / "parts"
+        train([shards.path], parts, settings, progress=_SignalAt(losses.index(max(losses))))
+    train([shards.path], parts, settings)
+    assert _records(parts) == _records(out)
+    silent = make_shards(tmp_path / "silent", codes, [[]] * 6)
+    for one, more in ((silent, ()), (shards, ("data.understanding=0", "data.caption_weight=0"))):
+        with pytest.raises(UsageError, match=r"nothing would be learned: data\.vision_weight is 0"):
+            train([one.path], tmp_path / "none", tiny_settings(*sets, *more))
+
+
+def test_a_place_in_the_data_of_another_version_is_refused_with_the_remedy(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings
+) -> None:
+    out = train([tiny_shards.path], tmp_path, tiny_settings())
+    file = out / "step-00000008" / "train.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"cursor": {"epoch": 1, "at": 3}}))
+    with pytest.raises(UnimodalError, match=r"saved by another version.* with --init"):
+        train([tiny_shards.path], out, tiny_settings("steps=9"))
+
+
 def test_shards_without_training_samples_are_refused(
     tmp_path: Path, tiny_settings: MakeSettings, make_shards: Callable[..., Shards]
 ) -> None:
@@ -365,5 +414,8 @@ def test_metrics_drop_what_a_killed_run_wrote_behind_its_checkpoint(tmp_path: Pa
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # cut short
-    Record(tmp_path, 2, tensorboard=False).close()
+    with (tmp_path / "metrics.jsonl").open() as before:
+        Record(tmp_path, 2, tensorboard=False).close()
+        replaced = (tmp_path / "metrics.jsonl").stat()
+        assert not os.path.samestat(os.fstat(before.fileno()), replaced)  # whole at any moment
     assert [record["step"] for record in read_record(tmp_path / "metrics.jsonl")] == [1, 2]

@@ -334,7 +334,7 @@ class Pairs:
             return
         try:
             self.reference = np.load(file).reshape(self.reference.shape)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise UnimodalError(
                 f"{file} does not hold the reference's log-probabilities ({error}): "
                 "train anew in another directory"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.files import atomic
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -112,7 +113,8 @@ class Record:
             self._online = _wandb(out, wandb, settings or {})
         path = out / "metrics.jsonl"
         kept = [row for row in read_record(path) if row["step"] <= resumed]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with atomic(path) as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file: IO[str] = path.open("a")
         if tensorboard:
             try:

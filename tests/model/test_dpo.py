@@ -386,9 +386,10 @@ def test_training_learns_the_preferences_and_goes_on_as_if_it_had_not_been_stopp
     other = write_triplets(tmp_path / "other.parquet", [(2, 2)] * 9)
     with pytest.raises(UnimodalError, match=r"not those that .* was trained on"):
         train([other], whole, settings, init=base)
-    (whole / "reference.npy").write_bytes(b"cut")
-    with pytest.raises(UnimodalError, match=r"reference\.npy does not hold the reference's log"):
-        train([file], whole, settings.model_copy(update={"steps": 25}))
+    for damaged in (b"cut", b""):
+        (whole / "reference.npy").write_bytes(damaged)
+        with pytest.raises(UnimodalError, match=r"reference\.npy does not hold the reference's"):
+            train([file], whole, settings.model_copy(update={"steps": 25}))
 
 
 def test_preferences_need_a_checkpoint_to_start_from(

@@ -21,6 +21,7 @@ gloo on processors.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -454,8 +455,8 @@ def _joined(settings: MeshSettings, device: torch.device) -> Iterator[Mesh]:
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Run `python -m unimodal.cli ARGUMENTS` as so many processes of this machine.
 
-    SIGTERM and Ctrl-C are passed on. When one fails the others are ended. Returns 0, or the exit
-    status of the first that failed.
+    SIGTERM and Ctrl-C are passed on. When one fails the others are ended. On Linux they save and
+    stop also when this process is killed. Returns 0, or the exit status of the first that failed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -470,12 +471,15 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         "LOCAL_WORLD_SIZE": str(processes),
     }
     command = [sys.executable, "-m", "unimodal.cli", *arguments]
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     running = [
         subprocess.Popen(
             command,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches them through this process alone, once
+            # PR_SET_PDEATHSIG = 1: a launcher that is killed cannot pass it on.
+            preexec_fn=(lambda: libc.prctl(1, signal.SIGTERM)) if libc else None,
         )
         for rank in range(processes)
     ]

@@ -215,7 +215,19 @@ def test_torchrun_and_nproc_launch_what_stops_and_goes_on_as_one(
     out, errors = long.communicate(timeout=60)
     assert (long.returncode, out) == (1, "")
     assert errors.startswith("unimodal: stopped by SIGTERM at step ") and errors.count("\n") == 1
-    assert latest_step(tmp_path / "nproc") != tmp_path / "nproc" / "step-00000004"
+    stopped = latest_step(tmp_path / "nproc")
+    assert stopped != tmp_path / "nproc" / "step-00000004"
+
+    if sys.platform == "linux":  # a launcher that is killed leaves none that trains on
+        orphans = start(*python, *common, "nproc", "--steps", "100000", *sets)
+        last_step = read_record(tmp_path / "nproc" / "metrics.jsonl")[-1]["step"]
+        while read_record(tmp_path / "nproc" / "metrics.jsonl")[-1]["step"] <= last_step:
+            assert orphans.poll() is None
+            time.sleep(0.1)
+        orphans.kill()
+        _, errors = orphans.communicate(timeout=60)  # ends when no process holds its pipes
+        assert errors.startswith("unimodal: stopped by SIGTERM at step ")
+        assert latest_step(tmp_path / "nproc") != stopped
 
 
 @pytest.mark.slow

@@ -268,14 +268,15 @@ def test_killed_at_any_moment_of_a_save_there_is_a_whole_checkpoint(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     rng, inside, reached = random.Random(0), 0, 0
-    for _ in range(7):
+    for again in range(7):
         with subprocess.Popen(_command(tiny_shards, killed, *sets), env=environment) as process:
             at_least = rng.randrange(3)  # saves of this process
             while process.poll() is None and _latest(killed) < reached + at_least:
                 time.sleep(0.001)
             while process.poll() is None and not list(killed.glob(".step-*.tmp")):
                 pass
-            time.sleep(rng.uniform(0, 0.03))
+            if again % 2:  # else at once: within a save that a fast disk ends in no time
+                time.sleep(rng.uniform(0, 0.03))
             process.kill()
         inside += bool(list(killed.glob(".step-*.tmp")))
         step = latest_step(killed)
@@ -285,7 +286,7 @@ def test_killed_at_any_moment_of_a_save_there_is_a_whole_checkpoint(
             done = read_json(step / "train.json")["step"]
             assert reached <= done == _latest(killed)
             reached = done
-    assert inside >= 2 and reached >= 3
+    assert inside >= 3 and reached >= 3
     with subprocess.Popen(_command(tiny_shards, whole, *sets), env=environment) as process:
         while process.poll() is None and _latest(whole) < reached:
             time.sleep(0.05)

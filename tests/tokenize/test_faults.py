@@ -254,12 +254,22 @@ def test_kills_at_random_moments_lose_at_most_what_is_in_flight(
     took = time.monotonic() - begun
     rng = random.Random(10)
     committed: list[int] = []
-    for _ in range(6):
+
+    def shards() -> int:
+        return len(list((tmp_path / "out").glob("shard-*.parquet")))
+
+    for again in range(6):
+        before = shards()
         process = _start(run, tmp_path / "out", settings)
-        time.sleep(took * rng.uniform(0.2, 0.95))
-        os.kill(process.pid, signal.SIGKILL)
+        moment = time.monotonic() + took * rng.uniform(0.2, 0.95)
+        # Every other time with a shard just committed, however slow the machine has become.
+        while (shards() == before) if again % 2 else (time.monotonic() < moment):
+            time.sleep(0.005)
+            if process.poll() is not None:
+                break
+        process.kill()
         process.wait()
-        committed.append(len(list((tmp_path / "out").glob("shard-*.parquet"))))
+        committed.append(shards())
     process = _start(run, tmp_path / "out", settings)
     _, errors = process.communicate()
     assert process.returncode == 0, errors.decode()

@@ -335,6 +335,8 @@ class _Run:
             "epoch": self.loader.cursor.epoch,
             "elapsed_s": round(clock.seconds(), 3),
         }
+        if isinstance(self.loader, Loader) and self.loader.plan.skipped:
+            record["skipped"] = self.loader.plan.skipped  # of this window, too long for the context
         self.losses.clear()
         self.write(record, {"steps": clock.total})
 

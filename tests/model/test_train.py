@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from unimodal.model import train as trainer
 from unimodal.model.checkpoint import keep_inputs, latest_step
+from unimodal.model.data import DataSettings, Loader, Samples
 from unimodal.model.decoder import Decoder
 from unimodal.model.plan import flops_per_token, peak
 from unimodal.model.recipe import TrainSettings
@@ -104,6 +105,14 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_repeats_no_metrics(
     assert latest_step(tmp_path / "parts") == tmp_path / "parts" / "step-00000003"
     train([tiny_shards.path], tmp_path / "parts", settings)
     assert _records(tmp_path / "parts") == _records(tmp_path / "whole")
+
+
+def test_records_count_what_was_too_long_for_the_context(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings
+) -> None:
+    train([tiny_shards.path], tmp_path, tiny_settings("steps=1", "data.context=41"))
+    counted = Loader(Samples([tiny_shards]), DataSettings(context=41), 0).plan.skipped
+    assert read_record(tmp_path / "metrics.jsonl")[0]["skipped"] == counted > 0
 
 
 def test_a_decoder_learns_a_few_pictures_by_heart(

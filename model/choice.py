@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,53 +38,82 @@ class Choice:
         if not 0 <= self.plausible < 1:
             raise UsageError(f"plausible {self.plausible} must be at least 0 and below 1")
 
-    def guide(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-        """Guided logits [P, V] from those of the two rows of each sequence, float32 [P, V]."""
-        logits = unconditional + guidance * (conditional - unconditional)
+    def guide(self, rows: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+        """Guided logits float32 [P, V] from those of the rows of each sequence, [P, V] each.
+
+        Two rows, conditional c and unconditional u, and one scale s [P, 1]: u + s (c - u). Three
+        rows, c, i without the instruction and u with neither, and two scales a and b:
+        u + a (i - u) + b (c - i) (InstructPix2Pix, arXiv 2211.09800, §3.2.1). On raw logits: the
+        normalisers that log-softmax would subtract are one number per row and cancel.
+        """
+        logits = rows[-1]
+        for place, scale in enumerate(scales):
+            logits = logits + scale * (rows[-2 - place] - rows[-1 - place])
         if not self.plausible:
             return logits
-        least = conditional.max(-1, keepdim=True).values + math.log(self.plausible)
-        return logits.masked_fill(conditional < least, -math.inf)
+        least = rows[0].max(-1, keepdim=True).values + math.log(self.plausible)
+        return logits.masked_fill(rows[0] < least, -math.inf)
 
-    def pick(self, logits: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+    def pick(self, logits: Tensor, noise: Callable[[Tensor], Tensor]) -> Tensor:
         """Column index int64 [P] from float32 logits [P, V].
 
         Temperature, then top-k, then top-p, then a draw: the smallest of exponential noise over
         probability falls on each column with just its probability (the Gumbel-max trick), so
-        that a draw needs no more than noise [P, V], which is asked for only if it is needed.
+        that a draw needs no more than noise, which is asked for by columns int64 [V] or [P, k].
         """
-        if self.temperature is None or self.top_k == 1:
+        if self.temperature is None or self.top_k == 1 or logits.shape[-1] == 1:
             return logits.argmax(-1)
         logits = logits / self.temperature
-        if self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -math.inf)
+        if self.top_k >= logits.shape[-1] and self.top_p == 1:
+            columns = torch.arange(logits.shape[-1], device=logits.device)
+            return (logits - noise(columns).log()).argmax(-1)
+        kept, columns = logits.topk(
+            min(self.top_k, logits.shape[-1]), dim=-1, sorted=self.top_p < 1
+        )
         if self.top_p < 1:
-            ordered, order = logits.sort(dim=-1, descending=True)
-            p = ordered.softmax(-1)
-            out = (p.cumsum(-1) - p) >= self.top_p  # the mass before it is enough already
-            logits = logits.masked_fill(out.scatter(-1, order, out), -math.inf)
-        return (logits - noise().log()).argmax(-1)
+            p = kept.softmax(-1)
+            kept = kept.masked_fill((p.cumsum(-1) - p) >= self.top_p, -math.inf)  # enough before
+        best = (kept - noise(columns).log()).argmax(-1, keepdim=True)
+        return columns.gather(-1, best)[:, 0]
 
 
 class Noise:
-    """Exponential noise for P sequences, each from a stream of its own.
+    """Exponential noise that is a pure function of (seed, sequence, step, id).
 
-    The stream of a sequence is keyed by (seed, prompt, sample) and read once per step, so its
-    picture does not depend on what else is in the batch.
+    No stream is consumed, so a sequence is drawn alike whatever else is in the batch, on whatever
+    device, and by whichever program computes its logits; and noise is made only for the ids that
+    are still in question. The bits are two rounds of a 32-bit integer hash (Wellons's
+    `lowbias32`, nullprogram.com/blog/2018/07/31), keyed by SHA-256 of seed and sequence.
     """
 
-    def __init__(self, seed: int, keys: Sequence[tuple[int, int]], device: torch.device) -> None:
-        """`keys`: (prompt index, sample index) of each sequence."""
-        self.device = device
-        self.generators = []
-        for prompt, sample in keys:
-            digest = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
-            key = int.from_bytes(digest[:8], "little") >> 1
-            self.generators.append(torch.Generator().manual_seed(key))
+    def __init__(
+        self, seed: int, keys: Sequence[tuple[int, ...]], device: torch.device | str = "cpu"
+    ) -> None:
+        """`keys` of the P sequences: prompt, sample, and what else tells them apart."""
+        words = []
+        for key in keys:
+            digest = hashlib.sha256("/".join(map(str, (seed, *key))).encode()).digest()
+            words.append(np.frombuffer(digest[:8], "<i4").astype(np.int32))
+        self.keys = torch.from_numpy(np.stack(words)).to(device)  # int32 [P, 2]
 
-    def __call__(self, columns: int, rows: Sequence[int] | None = None) -> Tensor:
-        """The next float32 [P, columns], or of the sequences `rows` alone."""
-        chosen = self.generators if rows is None else [self.generators[row] for row in rows]
-        drawn = [torch.empty(columns).exponential_(generator=g) for g in chosen]
-        return torch.stack(drawn).to(self.device)
+    def exponential(
+        self, steps: Tensor | int, ids: Tensor, rows: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
+        """float32 [P, K] for ids int64 [K] or [P, K] at the `steps`-th choice (an int, or int64
+        [P]), of all sequences or of `rows` alone."""
+        keys = self.keys if rows is None else self.keys[rows]
+        step = torch.as_tensor(steps, device=keys.device).to(torch.int32).expand(len(keys))
+        salt = _hash(step[:, None] + keys)  # [P, 2]
+        bits = _hash(_hash(ids.to(torch.int32) ^ salt[:, :1]) + salt[:, 1:])
+        # (bits + 1/2) / 2^32 of the bits as unsigned; float32 keeps small values, the likeliest
+        # winners, to a relative 2^-24.
+        uniform = bits.to(torch.float32) * 2.0**-32 + 2.0**-33
+        uniform = torch.where(uniform < 0, uniform + 1, uniform)
+        return -torch.log1p(-uniform)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A bijection of int32 that has each bit of the result depend on each bit of `x`."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261  # 0x846CA68B
+    return x ^ ((x >> 16) & 0xFFFF)

@@ -98,6 +98,20 @@ class SamplingSettings(Settings):
     plausible: float = Field(default=0.0, ge=0, lt=1)
     """Only codes that have at least this share of the likeliest one's probability before
     guidance."""
+    image_guidance: float = Field(default=1.0, gt=0)
+    """Scale of guidance towards the picture that is edited; 1 is none."""
+    negative: str = ""
+    """What guidance leads away from."""
+    suffix: str = ""
+    """Put behind every prompt that is drawn."""
+    describe: str = ""
+    """Question that pictures are described by, in the chat template; empty: by continuation."""
+    text_temperature: float | None = Field(default=None, gt=0)
+    """Of words; none: the likeliest, always."""
+    text_top_k: int = Field(default=2048, ge=1)
+    """Only the so many likeliest text ids."""
+    text_top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only the likeliest text ids that together have this probability."""
 
 
 class TrainSettings(Settings):

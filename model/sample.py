@@ -1,43 +1,85 @@
-"""From prompts to pictures, clips and descriptions.
+"""From prompts to pictures, clips and words: what is asked, as sequences to be written.
 
-Legend: P sequences that are drawn at once, R rows of the batch (P, or 2 P with guidance),
-        K vision ids, D width.
-
-Every sequence has a conditional row and, with guidance, an unconditional one, all in one batch
-out of one static cache, each row at its own positions. Three savings, all exact: inside a block
-only the vision rows of the head are computed; given ids cost no head; they are fed together with
-the drawn id before them. Guidance works on raw logits of that slice: the normalisers that
-log-softmax would subtract are constants per row and cancel in the softmax that follows.
+Each method lays out the contexts of its documents (`unimodal.tokenize.document`), hands them as
+drafts to a backend (`unimodal.model.generate`, or vLLM), and turns the ids that come back into
+pixels or text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unimodal.model.attention import Cache, Cached
-from unimodal.model.checkpoint import find, read_json
-from unimodal.model.choice import Choice, Noise
+from unimodal.model.checkpoint import find, load_decoder, read_json, weights_config
+from unimodal.model.choice import Choice
 from unimodal.model.decoder import Decoder
-from unimodal.model.grammar import BlockGrammar, TextGrammar
+from unimodal.model.generate import Backend, Draft, Drawing, TorchBackend, Watch
+from unimodal.model.grammar import BlockGrammar, DocumentGrammar, size_tree, text_grammar
 from unimodal.model.recipe import RECIPES, SamplingSettings
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.progress import Progress
+from unimodal.pipeline.scorers.weights import fingerprint
 from unimodal.pipeline.settings import build, load_recipe
-from unimodal.tokenize.document import Image, Video, block_length, serialize
+from unimodal.tokenize.document import (
+    Image,
+    Piece,
+    Text,
+    Video,
+    block_length,
+    compose,
+    parse,
+    serialize,
+)
 from unimodal.tokenize.vocabulary import Vocabulary
 
 SPATIAL = 8
 """Pixels per code along a side."""
 TEMPORAL = 4
 """Pictures per latent frame."""
+
+Size = tuple[int, int] | str | None
+"""(height, width) in pixels, multiples of 8; `free`: as the model writes it; None: as training saw
+most."""
+T = TypeVar("T")
+
+
+class How(TypedDict, total=False):
+    """How pictures and clips are drawn. What is left out, or None, the checkpoint's own recipe
+    says, as it is best drawn from."""
+
+    guidance: float | list[float] | None
+    """Scale of classifier-free guidance, 1 is none: for all, or one for each prompt."""
+    negative: str | list[str] | None
+    """The prompt that guidance leads away from: for all, or one for each prompt."""
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    plausible: float | None
+    """These four as `Choice`."""
+    seed: int
+    progress: Progress | None
+    watch: Watch | None
+    """Sees the sequences grow."""
+
+
+class Words(TypedDict, total=False):
+    """How words are chosen. What is left out, or None, the checkpoint's own recipe says, the
+    likeliest always if that says nothing."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    progress: Progress | None
+    watch: Watch | None
 
 
 class VisionTokenizerLike(Protocol):
@@ -50,7 +92,16 @@ class VisionTokenizerLike(Protocol):
 
 
 class Sampler:
-    """A decoder, its vocabulary and its vision tokenizer, ready to draw and describe."""
+    """A decoder, its vocabulary and its vision tokenizer, ready to draw and describe.
+
+    Its methods take, besides what they say themselves, the keywords of `How` where they draw and of
+    `Words` where they write. What comes depends on the seed, the number of the prompt and of the
+    sample, and on nothing else that is drawn with it (matrix products of other batch sizes round
+    otherwise: two codes that are equally likely to within float32's rounding may change places).
+
+    They raise `UsageError` for values out of range, and `UnimodalError` for what the context cannot
+    hold.
+    """
 
     def __init__(
         self,
@@ -61,11 +112,15 @@ class Sampler:
         defaults: SamplingSettings = SamplingSettings(),
         batch: int = 32,
         joint: bool = False,
+        backend: Backend | None = None,
+        source: Path | None = None,
     ) -> None:
         """`grids`: what the decoder was trained on, the most frequent first (`data.json`).
         `defaults`: how it draws where a call does not say (`[sampling]` of `config.toml`).
         `batch`: sequences that are drawn at once; results do not depend on it.
         `joint`: whether the codes of a clip were made jointly.
+        `backend`: what writes; by default `decoder` itself, of which else only the shape is used.
+        `source`: the directory of its weights.
 
         Raises `UnimodalError` if the parts are not made for one another.
         """
@@ -86,17 +141,45 @@ class Sampler:
         self.defaults = defaults
         self.batch = batch
         self.joint = joint
+        self.backend: Backend = backend or TorchBackend(decoder, batch)
+        self.source = source
 
     @classmethod
-    def load(cls, checkpoint: str | Path, device: str = "auto", batch: int = 32) -> Sampler:
-        """Load a checkpoint directory (or one of its steps) that `unimodal train` wrote."""
+    def load(
+        cls,
+        checkpoint: str | Path,
+        device: str = "auto",
+        batch: int = 32,
+        *,
+        weights: str | None = None,
+        compile: bool = False,
+        backend: str = "torch",
+        tokenizer: str | Path | None = None,
+    ) -> Sampler:
+        """Load a checkpoint directory (or one of its steps) that `unimodal train` wrote, or a
+        directory of Emu3 in its own or in transformers' layout.
+
+        `weights` bfloat16 or int8 takes less memory than what is stored; `compile` runs each step
+        through `torch.compile`; `backend` is torch or vllm; `tokenizer` is the directory of the
+        vision tokenizer where the checkpoint has none.
+        """
+        path = Path(checkpoint)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        top, step = find(Path(checkpoint))
-        return cls.for_checkpoint(top, Decoder.load(step, device), batch)
+        if backend not in ("torch", "vllm"):
+            raise UsageError(f"backend {backend}: torch or vllm")
+        top, step = find(path)
+        if backend == "vllm":
+            with torch.device("meta"):  # for its shape
+                decoder = Decoder(weights_config(path), seed=None)
+        else:
+            decoder = load_decoder(step, device)
+        return cls.for_checkpoint(top, decoder, batch, step)
 
     @classmethod
-    def for_checkpoint(cls, top: Path, decoder: Decoder, batch: int = 32) -> Sampler:
+    def for_checkpoint(
+        cls, top: Path, decoder: Decoder, batch: int = 32, step: Path | None = None
+    ) -> Sampler:
         """A sampler for `decoder` with the vocabulary and vision tokenizer kept in `top`."""
         from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 
@@ -124,84 +207,181 @@ class Sampler:
                 SamplingSettings, load_recipe(top / "config.toml", RECIPES).get("sampling", {})
             )
         joint = bool(about["vision_tokenizer"].get("joint"))
-        return cls(decoder, vocabulary, tokenizer, about.get("grids", ()), settings, batch, joint)
+        grids = about.get("grids", ())
+        return cls(decoder, vocabulary, tokenizer, grids, settings, batch, joint, source=step)
+
+    @cached_property
+    def digest(self) -> str | None:
+        """Digest of the weights that were loaded; None if they came from no directory."""
+        if self.source is None:
+            return None
+        return fingerprint(*sorted(map(str, self.source.glob("*.safetensors"))))
 
     # --- drawing ---------------------------------------------------------------------------
 
     def images(
         self,
         prompts: Sequence[str],
-        size: tuple[int, int] | None = None,
+        size: Size | list[Size] = None,
         n: int = 1,
-        guidance: float | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        plausible: float | None = None,
-        seed: int = 0,
-        negative: str = "",
-        progress: Progress | None = None,
+        **how: Unpack[How],
     ) -> list[list[np.ndarray]]:
-        """`n` pictures for each prompt: uint8 [H, W, 3].
-
-        `size` is (height, width) in pixels, multiples of 8; by default what training saw most.
-        `guidance` 1 is none; `negative` is the prompt that guidance leads away from. Where a value
-        is None, the checkpoint's own recipe says how it is best drawn from.
-        Raises `UnimodalError` for values out of range and for what the context cannot hold.
-        """
-        grammar = self.grammar(*self.grid(size, "image")[1:])
-        choice = self._choice(temperature, top_k, top_p, plausible)
-        codes = self.codes(prompts, grammar, n, guidance, choice, seed, negative, progress)
-        flat = [one for row in codes for one in row]
-        pictures = [pixels[0] for pixels in self.pixels([one[None] for one in flat], True)]
-        return [pictures[i * n : (i + 1) * n] for i in range(len(prompts))]
+        """`n` pictures for each prompt: uint8 [H, W, 3], of one size for all or one for each."""
+        grammars = [self._picture_grammar(one) for one in each(size, len(prompts), "size")]
+        choice = self._choice(how)
+        drafts = self._drafts(prompts, grammars, n, how)
+        total = n * sum(map(_steps, grammars))
+        written = self._generate(drafts, choice, None, how, total)
+        codes = [self._drawn(draft, ids) for draft, ids in zip(drafts, written, strict=True)]
+        pictures = [pixels[0] for pixels in self.pixels([one[None] for one in codes], True)]
+        return _grouped(pictures, n)
 
     def videos(
         self,
         prompts: Sequence[str],
-        size: tuple[int, int] | None = None,
+        size: tuple[int, int] | list[tuple[int, int] | None] | None = None,
         frames: int | None = None,
         fps: float | None = None,
         n: int = 1,
-        guidance: float | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        plausible: float | None = None,
-        seed: int = 0,
-        negative: str = "",
-        progress: Progress | None = None,
+        **how: Unpack[How],
     ) -> list[list[np.ndarray]]:
         """`n` clips for each prompt: uint8 [frames, H, W, 3].
 
         `frames` is a multiple of 4, `fps` what the clip is to be shown at; both default, like
-        `size`, to what training saw most. Otherwise as `images`.
+        `size`, to what training saw most.
         """
-        latent, height, width = self.grid(size, "video")
-        if frames is not None:
-            if frames < TEMPORAL or frames % TEMPORAL:
-                near = max(TEMPORAL, round(frames / TEMPORAL) * TEMPORAL)
-                raise UsageError(f"frames {frames} must be a multiple of {TEMPORAL}: try {near}")
-            latent = frames // TEMPORAL
-        if fps is None:
-            fps = next((g["fps"] for g in self.grids if g["kind"] == "video"), 8.0)
-        if not 0 < fps < math.inf:
-            raise UsageError(f"fps {fps} must be positive")
-        grammar = self.grammar(height, width, latent, fps)
-        choice = self._choice(temperature, top_k, top_p, plausible)
-        codes = self.codes(prompts, grammar, n, guidance, choice, seed, negative, progress)
-        clips = self.pixels([one for row in codes for one in row], False)
-        return [clips[i * n : (i + 1) * n] for i in range(len(prompts))]
+        fps = self.fps(fps)
+        grammars = []
+        for one in each(size, len(prompts), "size"):
+            latent, height, width = self.grid(one, "video")
+            latent = latent if frames is None else _latent(frames)
+            grammars.append(self.grammar(height, width, latent, fps))
+        choice = self._choice(how)
+        drafts = self._drafts(prompts, grammars, n, how)
+        total = n * sum(map(_steps, grammars))
+        written = self._generate(drafts, choice, None, how, total)
+        codes = [self._drawn(draft, ids) for draft, ids in zip(drafts, written, strict=True)]
+        return _grouped(self.pixels(codes, False), n)
+
+    def extend(
+        self,
+        clips: Sequence[np.ndarray],
+        frames: int,
+        prompts: Sequence[str] | None = None,
+        overlap: int | None = None,
+        fps: float | None = None,
+        n: int = 1,
+        **how: Unpack[How],
+    ) -> list[list[np.ndarray]]:
+        """`n` continuations of each clip: uint8 [F + frames, H, W, 3], what was given in front.
+
+        A clip is uint8 [F, H, W, 3], scaled as in training, or codes [T, H, W]; what comes back of
+        it is what its codes say. The decoder is asked for clips of the length that training saw
+        most, which begin with the last `overlap` frames there are (half a clip by default), again
+        and again until `frames` more are drawn: so there is no end that the context sets. `prompts`
+        say what the clips show.
+        """
+        window, _, _ = self.grid(None, "video")
+        latent, keep = _latent(frames), max(1, window // 2)
+        if overlap is not None:
+            keep = _latent(overlap, "overlap")
+        if keep >= window:
+            raise UsageError(
+                f"an overlap of {keep * TEMPORAL} frames leaves nothing to draw of clips of "
+                f"{window * TEMPORAL}, which training saw most: give less"
+            )
+        fps = self.fps(fps)
+        given = [self._codes(clip, "video") for clip in clips]
+        texts = [""] * len(clips) if prompts is None else list(prompts)
+        if len(texts) != len(clips):
+            raise UsageError(f"{len(clips)} clips have {len(texts)} prompts: one for each")
+        choice = self._choice(how)
+        known = [codes for codes in given for _ in range(n)]
+        ends = [len(codes) + latent for codes in known]
+        goal, rounds = sum(latent * codes[0].size for codes in known), 0
+        progress, watch = how.get("progress") or Progress(), how.get("watch")
+        scales = self._guidance(how, len(clips))
+        away = each(how.get("negative"), len(clips), "negative")
+        progress.begin("sample", goal, "codes")
+        while open_ := [i for i, codes in enumerate(known) if len(codes) < ends[i]]:
+            grammars = []
+            for i in open_:
+                begun = known[i][-keep:]
+                until = min(window - len(begun), ends[i] - len(known[i]))
+                height, width = known[i].shape[1:]
+                grammars.append(self.grammar(height, width, window, fps, begun, until))
+            # A round of its own: the same noise again would draw the same again.
+            part = how | {
+                "guidance": [scales[i // n] for i in open_],
+                "negative": [away[i // n] for i in open_],
+                "watch": _numbered(watch, open_),
+            }
+            keys = [(i // n, i % n, rounds) for i in open_]
+            asked = [texts[i // n] for i in open_]
+            drafts = self._drafts(asked, grammars, 1, part, keys)
+            written = self._generate(drafts, choice, None, part, None)
+            for i, draft, ids in zip(open_, drafts, written, strict=True):
+                known[i] = np.concatenate([known[i], self._drawn(draft, ids)])
+            rounds += 1
+        progress.end("sample")
+        return _grouped(self.pixels(known, False), n)
+
+    def edit(
+        self,
+        images: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        size: Size | list[Size] = None,
+        n: int = 1,
+        image_guidance: float | None = None,
+        **how: Unpack[How],
+    ) -> list[list[np.ndarray]]:
+        """`n` pictures for each picture and what is to be done to it: uint8 [H, W, 3].
+
+        A picture is uint8 [H, W, 3], scaled as in training, or codes [H, W]; the result has its
+        size unless `size` says. `guidance` leads towards the instruction, `image_guidance` towards
+        the picture: three rows, see `Choice.guide`; where that is 1, two are enough.
+        """
+        if len(images) != len(instructions):
+            raise UsageError(f"{len(images)} pictures have {len(instructions)} instructions")
+        towards = self.defaults.image_guidance if image_guidance is None else image_guidance
+        _positive(towards, "image-guidance")
+        bos, encode = self.vocabulary.bos, self.vocabulary.text.encode
+        choice = self._choice(how)
+        scales = self._guidance(how, len(images))
+        sizes = each(size, len(images), "size")
+        drafts: list[Draft] = []
+        total = 0
+        for place, (image, text) in enumerate(zip(images, instructions, strict=True)):
+            codes = self._codes(image, "image")
+            block = self._ids([Image(codes)])
+            if sizes[place] is None:
+                grammar: BlockGrammar | DocumentGrammar = self.grammar(*codes.shape)
+            else:
+                grammar = self._picture_grammar(sizes[place])
+            full = [bos, *block, *encode(text), *grammar.opening]
+            rows = [full]
+            if scales[place] != 1 or towards != 1:
+                rows.append([bos, *block, *grammar.opening])
+            if towards != 1:
+                rows.append([bos, *grammar.opening])
+            self._fits(len(full), grammar, text)
+            by = ((towards, scales[place]) if towards != 1 else (scales[place],))[: len(rows) - 1]
+            total += n * _steps(grammar)
+            for copy in range(n):
+                drafts.append(Draft(tuple(rows), grammar, by, (place, copy)))
+        written = self._generate(drafts, choice, None, how, total)
+        made = [self._drawn(draft, ids) for draft, ids in zip(drafts, written, strict=True)]
+        return _grouped([pixels[0] for pixels in self.pixels([m[None] for m in made], True)], n)
 
     def codes(
         self,
         prompts: Sequence[str],
         grammar: BlockGrammar,
         n: int = 1,
-        guidance: float | None = None,
+        guidance: float | list[float] | None = None,
         choice: Choice | None = None,
         seed: int = 0,
-        negative: str = "",
+        negative: str | list[str] | None = None,
         progress: Progress | None = None,
         first: int = 0,
     ) -> list[list[np.ndarray]]:
@@ -209,158 +389,270 @@ class Sampler:
 
         `first` is the number of the first prompt, of a list that is drawn in parts.
         """
-        guidance = self.defaults.guidance if guidance is None else guidance
-        choice = choice or self._choice()
-        if not (0 < guidance < math.inf):
-            raise UsageError(f"guidance {guidance} must be positive (1 is none)")
-        if n < 1:
-            raise UsageError(f"n {n} must be at least 1")
-        encode, bos = self.vocabulary.text.encode, self.vocabulary.bos
-        contexts = [[bos, *encode(prompt), *grammar.opening] for prompt in prompts]
-        empty = [bos, *encode(negative), *grammar.opening]
-        rest = len(grammar.template) - len(grammar.opening)
-        named = zip([*prompts, negative], [*contexts, empty], strict=True)
-        for prompt, context in named:
-            self._fits(len(context) - len(grammar.opening), grammar, rest, prompt)
-        keys = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(n)]
-        progress = progress or Progress()
-        progress.begin("sample", len(keys) * len(grammar), "codes")
-        drawn: list[np.ndarray] = []
-        for start in range(0, len(keys), self.batch):
-            mine = keys[start : start + self.batch]
-            ids = self._draw(
-                [contexts[prompt] for prompt, _ in mine],
-                empty if guidance != 1 else None,
-                grammar,
-                guidance,
-                choice,
-                Noise(seed, [(first + prompt, sample) for prompt, sample in mine], self._device),
-                progress,
-            )
-            drawn += [one.reshape(grammar.shape) for one in ids.cpu().numpy()]
-        progress.end("sample")
-        return [drawn[i * n : (i + 1) * n] for i in range(len(prompts))]
+        keys = [(first + prompt, copy) for prompt in range(len(prompts)) for copy in range(n)]
+        how: How = {
+            "guidance": guidance,
+            "negative": negative,
+            "seed": seed,
+            "progress": progress,
+        }
+        drafts = self._drafts(prompts, [grammar] * len(prompts), n, how, keys)
+        total = len(drafts) * len(grammar)
+        written = self._generate(drafts, choice or self._choice(how), None, how, total)
+        return _grouped([grammar.codes(ids) for ids in written], n)
 
-    @torch.inference_mode()
-    def _draw(
-        self,
-        contexts: list[list[int]],
-        empty: list[int] | None,
-        grammar: BlockGrammar,
-        guidance: float,
-        choice: Choice,
-        noise: Noise,
-        progress: Progress,
-    ) -> Tensor:
-        """Codes int64 [P, free positions]; `empty` is the unconditional context, None without
-        guidance."""
-        p = len(contexts)
-        rows = contexts if empty is None else [*contexts, *[empty] * p]
-        # The last code and what is behind it are never fed: nothing is predicted from them.
-        length = max(map(len, rows)) + len(grammar.template) - len(grammar.opening)
-        decoding = _Decoding(self.decoder, len(rows), length)
-        head = self.decoder.lm_head.weight[grammar.vision].to(self.decoder.compute)  # [K, D]
-        hidden = decoding.feed(rows)
-        codes = torch.empty(p, len(grammar), dtype=torch.int64, device=self._device)
-        for step, behind in enumerate(grammar.behind):
-            logits = (hidden @ head.T).float()  # [R, K]
-            if empty is not None:
-                logits = choice.guide(logits[:p], logits[p:], guidance)
-            codes[:, step] = choice.pick(logits, partial(noise, head.shape[0]))
-            progress.advance("sample", p)
-            if step + 1 < len(grammar):
-                ids = (codes[:, step, None] + grammar.vision.start).repeat(len(rows) // p, 1)
-                given = torch.tensor(behind, dtype=torch.int64, device=self._device)
-                hidden = decoding.feed(torch.cat([ids, given.expand(len(rows), -1)], dim=1))
-        return codes
-
-    # --- describing ------------------------------------------------------------------------
+    # --- words -----------------------------------------------------------------------------
 
     def describe(
         self,
         images: Sequence[np.ndarray],
         max_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int = 2048,
-        top_p: float = 1.0,
-        seed: int = 0,
         fps: float | None = None,
-        progress: Progress | None = None,
+        **how: Unpack[Words],
     ) -> list[str]:
         """A description of each picture or clip.
 
         Each is uint8 [H, W, 3] or [frames, H, W, 3], scaled to the area that training saw most,
         or codes (any other integer type) [H, W] or [T, H, W]. `temperature` None always takes
-        the likeliest id. A description ends with EOS, or at `max_tokens` or the context.
+        the likeliest id. A description ends with EOS, or at `max_tokens` or the context. A
+        checkpoint whose recipe has a question to describe by is asked that.
         """
+        if question := self.defaults.describe:
+            return self.ask(
+                [[image] for image in images], [question] * len(images), max_tokens, fps, **how
+            )
+        contexts = [self._ids([self._segment(image, fps)]) for image in images]
+        contexts = [[self.vocabulary.bos, *one] for one in contexts]
+        return self._texts(contexts, "picture", max_tokens, how)
+
+    def ask(
+        self,
+        media: Sequence[Sequence[np.ndarray]],
+        questions: Sequence[str | Sequence[str]],
+        max_tokens: int = 256,
+        fps: float | None = None,
+        **how: Unpack[Words],
+    ) -> list[str]:
+        """The answer to each question about the pictures and clips beside it, often one.
+
+        The chat template of `unimodal.tokenize.document`: what is shown stands before the question.
+        Instead of a question a conversation may be given, questions and answers in turn, the last
+        one a question; what is shown belongs to its first. Otherwise as `describe`.
+        """
+        if len(media) != len(questions):
+            raise UsageError(f"{len(media)} sets of pictures have {len(questions)} questions")
+        contexts = []
+        for shown, asked in zip(media, questions, strict=True):
+            turns = [asked] if isinstance(asked, str) else list(asked)
+            if len(turns) % 2 == 0:
+                raise UsageError("a conversation must end with a question")
+            pieces = [Piece(self._segment(one, fps), "user") for one in shown]
+            for place, turn in enumerate([*turns, ""]):
+                pieces.append(Piece(Text(turn), ("user", "assistant")[place % 2]))
+            parts = compose("chat", pieces)[:-1]  # the answer is to be written
+            ids = self._ids([part.segment for part in parts])
+            contexts.append([self.vocabulary.bos, *ids])
+        return self._texts(contexts, "question", max_tokens, how)
+
+    def write(
+        self,
+        prompts: Sequence[str],
+        max_tokens: int = 256,
+        **how: Unpack[Words],
+    ) -> list[str]:
+        """How each text goes on, up to EOS, `max_tokens` or the end of the context."""
+        encode, bos = self.vocabulary.text.encode, self.vocabulary.bos
+        contexts = [[bos, *encode(prompt)] for prompt in prompts]
+        return self._texts(contexts, "prompt", max_tokens, how)
+
+    def interleave(
+        self,
+        documents: Sequence[Sequence[str | np.ndarray]],
+        images: int = 4,
+        max_tokens: int | None = None,
+        size: Size = "free",
+        text: Choice | None = None,
+        **how: Unpack[How],
+    ) -> list[list[str | np.ndarray]]:
+        """How each document of texts and pictures goes on: texts, and pictures uint8 [H, W, 3].
+
+        Up to EOS, `images` pictures and `max_tokens` ids in all (by default what the context
+        holds). `temperature` and so on are of codes, `text` says how words are chosen. Guidance
+        leads from pictures that stand behind pictures alone to those that stand behind the words
+        too.
+        """
+        bos, context = self.vocabulary.bos, self.decoder.config.context
+        (scale,) = self._guidance(how, 1)
+        grid = None if size == "free" else self._sides(size)
+        drafts = []
+        for place, document in enumerate(documents):
+            segments = [
+                Text(one) if isinstance(one, str) else Image(self._codes(one, "image"))
+                for one in document
+            ]
+            full = [bos, *self._ids(segments)]
+            room = context - len(full)
+            if room < 1:
+                raise UnimodalError(
+                    f"document {place} takes {len(full)} tokens, the context of this checkpoint "
+                    f"holds {context}: shorten it"
+                )
+            room = room if max_tokens is None else min(room, max_tokens)
+            rows = [full]
+            if scale != 1:
+                rows.append([bos, *self._ids([s for s in segments if isinstance(s, Image)])])
+            grammar = DocumentGrammar(self.vocabulary, room, images=images, size=grid)
+            drafts.append(Draft(tuple(rows), grammar, (scale,)[: len(rows) - 1], (place, 0)))
+        choice = self._choice(how)
+        total = sum(draft.grammar.most for draft in drafts)
+        written = self._generate(drafts, choice, text, how, total)
+        replies: list[list[str | np.ndarray]] = []
+        for ids in written:
+            reply: list[str | np.ndarray] = []
+            for segment in parse(ids, self.vocabulary):
+                if isinstance(segment, Text):
+                    reply.append(segment.text)
+                elif isinstance(segment, Image):
+                    reply.append(self.pixels([segment.codes[None]], True)[0][0])
+            replies.append(reply)
+        return replies
+
+    def _texts(
+        self,
+        contexts: Sequence[list[int]],
+        what: str,
+        max_tokens: int,
+        how: Words,
+    ) -> list[str]:
+        """Text behind each context; `what` an error calls one."""
+        _known(how, Words)
         if max_tokens < 1:
             raise UsageError(f"max-tokens {max_tokens} must be at least 1")
-        choice = Choice(temperature, top_k, top_p)
-        prefixes = [self._described(image, fps) for image in images]
-        context = self.decoder.config.context
-        for number, prefix in enumerate(prefixes):
-            if len(prefix) >= context:
+        own = self.defaults
+        choice = Choice(
+            _or(how.get("temperature"), own.text_temperature),
+            _or(how.get("top_k"), own.text_top_k),
+            _or(how.get("top_p"), own.text_top_p),
+        )
+        held, drafts = self.decoder.config.context, []
+        for number, ids in enumerate(contexts):
+            if len(ids) >= held:
                 raise UnimodalError(
-                    f"picture {number} takes {len(prefix)} tokens, the context of this "
-                    f"checkpoint holds {context}: make it smaller"
+                    f"{what} {number} takes {len(ids)} tokens, the context of this "
+                    f"checkpoint holds {held}: make it smaller"
                 )
-        progress = progress or Progress()
-        progress.begin("describe", len(images), "pictures")
-        texts: list[str] = []
-        for start in range(0, len(prefixes), self.batch):
-            mine = prefixes[start : start + self.batch]
-            keys = [(start + i, 0) for i in range(len(mine))]
-            noise = Noise(seed, keys, self._device)
-            texts += [
-                self.vocabulary.text.decode(ids)
-                for ids in self._write(mine, max_tokens, choice, noise)
-            ]
-            progress.advance("describe", len(mine))
-        progress.end("describe")
-        return texts
+            grammar = text_grammar(self.vocabulary, min(max_tokens, held - len(ids)))
+            drafts.append(Draft((ids,), grammar, key=(number, 0)))
+        total = sum(draft.grammar.most for draft in drafts)
+        written = self._generate(drafts, Choice(), choice, how, total)
+        eos = self.vocabulary.eos
+        return [self.vocabulary.text.decode([i for i in ids if i != eos]) for ids in written]
 
-    @torch.inference_mode()
-    def _write(
-        self, prefixes: list[list[int]], max_tokens: int, choice: Choice, noise: Noise
+    # --- shared ----------------------------------------------------------------------------
+
+    def _generate(
+        self,
+        drafts: Sequence[Draft],
+        vision: Choice,
+        text: Choice | None,
+        how: How | Words,
+        total: float | None,
     ) -> list[list[int]]:
-        """Text ids behind each prefix, up to EOS, `max_tokens` or the end of the context."""
-        grammar = TextGrammar(self.vocabulary)
-        head = self.decoder.lm_head.weight[grammar.allowed.to(self._device)]
-        head = head.to(self.decoder.compute)
-        limits = [min(max_tokens, self.decoder.config.context - len(one)) for one in prefixes]
-        longest = max(len(one) + limit for one, limit in zip(prefixes, limits, strict=True))
-        decoding = _Decoding(self.decoder, len(prefixes), longest)
-        hidden = decoding.feed(prefixes)
-        texts: list[list[int]] = [[] for _ in prefixes]
-        open_rows = list(range(len(prefixes)))
-        while open_rows:
-            logits = (hidden @ head.T).float()
-            chosen = choice.pick(logits, partial(noise, head.shape[0], open_rows)).tolist()
-            kept = []
-            for place, (row, column) in enumerate(zip(open_rows, chosen, strict=True)):
-                if column != grammar.eos:
-                    texts[row].append(column)
-                    if len(texts[row]) < limits[row]:
-                        kept.append(place)
-            open_rows = [open_rows[place] for place in kept]
-            if open_rows:
-                if len(kept) < len(chosen):
-                    decoding.keep(kept)
-                hidden = decoding.feed([[texts[row][-1]] for row in open_rows])
-        return texts
+        """Ids of each draft; `total` choices are to be made, None if that was told before."""
+        own, watch = self.defaults, how.get("watch")
+        text = text or Choice(own.text_temperature, own.text_top_k, own.text_top_p)
+        progress = how.get("progress") or Progress()
 
-    def _described(self, image: np.ndarray, fps: float | None) -> list[int]:
-        """Ids up to where a description begins: BOS and the vision block."""
-        codes = np.asarray(image)
+        def seen(done: Mapping[int, list[int]], steps: int) -> None:
+            progress.advance("sample", steps)
+            if watch is not None:
+                watch(done, steps)
+
+        if total is not None:
+            progress.begin("sample", total, "tokens")
+        written = self.backend.generate(drafts, Drawing(vision, text, how.get("seed", 0)), seen)
+        if total is not None:
+            progress.end("sample")
+        return written
+
+    def _drafts(
+        self,
+        prompts: Sequence[str],
+        grammars: Sequence[BlockGrammar | DocumentGrammar],
+        n: int,
+        how: How,
+        keys: Sequence[tuple[int, ...]] | None = None,
+    ) -> list[Draft]:
+        """`n` drafts for each prompt, a vision block behind it."""
+        if n < 1:
+            raise UsageError(f"n {n} must be at least 1")
+        keys = keys or [(prompt, copy) for prompt in range(len(prompts)) for copy in range(n)]
+        scales = self._guidance(how, len(prompts))
+        away = each(how.get("negative"), len(prompts), "negative")
+        encode, bos = self.vocabulary.text.encode, self.vocabulary.bos
+        drafts = []
+        for place, (prompt, grammar) in enumerate(zip(prompts, grammars, strict=True)):
+            opening, against = grammar.opening, away[place]
+            against = self.defaults.negative if against is None else against
+            rows = []
+            for text in [prompt + self.defaults.suffix, against][: 1 if scales[place] == 1 else 2]:
+                context = [bos, *encode(text), *opening]
+                self._fits(len(context), grammar, text)
+                rows.append(context)
+            if isinstance(grammar, DocumentGrammar):
+                room = self.decoder.config.context - max(map(len, rows))
+                grammar = replace(grammar, room=room)
+            scale = (scales[place],)[: len(rows) - 1]
+            for copy in range(n):
+                drafts.append(Draft(tuple(rows), grammar, scale, keys[place * n + copy]))
+        return drafts
+
+    def _drawn(self, draft: Draft, ids: Sequence[int]) -> np.ndarray:
+        """Codes [H, W] or [T, H, W] of a block that was written."""
+        if isinstance(draft.grammar, BlockGrammar):
+            return draft.grammar.codes(ids)
+        (segment,) = parse([*draft.grammar.opening, *ids], self.vocabulary)
+        assert isinstance(segment, Image)
+        return segment.codes
+
+    def _guidance(self, how: How, count: int) -> list[float]:
+        scales = each(_or(how.get("guidance"), self.defaults.guidance), count, "guidance")
+        for scale in scales:
+            _positive(scale, "guidance")
+        return scales
+
+    def _choice(self, how: How) -> Choice:
+        _known(how, How)
+        own = self.defaults
+        return Choice(
+            _or(how.get("temperature"), own.temperature),
+            _or(how.get("top_k"), own.top_k),
+            _or(how.get("top_p"), own.top_p),
+            _or(how.get("plausible"), own.plausible),
+        )
+
+    def _ids(self, segments: Sequence[Any]) -> list[int]:
+        """Ids of segments, without BOS and EOS."""
+        return serialize(segments, self.vocabulary, bos=False, eos=False).tolist()
+
+    def _segment(self, media: np.ndarray, fps: float | None) -> Image | Video:
+        """A picture or clip, pixels or codes, as a segment."""
+        codes = np.asarray(media)
         if codes.dtype == np.uint8:
             codes = self._encode(codes)
-        segment: Image | Video
         if codes.ndim == 2:
-            segment = Image(codes)
-        else:
-            rate = next((g["fps"] for g in self.grids if g["kind"] == "video"), 8.0)
-            segment = Video(codes, fps or rate)
-        return serialize([segment], self.vocabulary, eos=False).tolist()
+            return Image(codes)
+        return Video(codes, self.fps(fps))
+
+    def _codes(self, media: np.ndarray, kind: str) -> np.ndarray:
+        """Codes [H, W] of a picture or [T, H, W] of a clip, which may be given as codes."""
+        codes = np.asarray(media)
+        if codes.dtype == np.uint8:
+            codes = self._encode(codes)
+        if codes.ndim != (2 if kind == "image" else 3) or not codes.size:
+            wanted = "a picture" if kind == "image" else "a clip"
+            raise UsageError(f"{wanted} is needed here, not codes of shape {list(codes.shape)}")
+        return codes.astype(np.int64)
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes [H, W] of a picture, or [T, H, W] of a clip, scaled as in training."""
@@ -376,26 +668,13 @@ class Sampler:
         codes = self.tokenizer.encode(to_pixels(scaled)[None], self.joint)[0].cpu().numpy()
         return codes[0] if kind == "image" else codes
 
-    # --- shared ----------------------------------------------------------------------------
-
-    @property
-    def _device(self) -> torch.device:
-        return self.decoder.lm_head.weight.device
-
-    def _choice(
-        self,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        plausible: float | None = None,
-    ) -> Choice:
-        own = self.defaults
-        return Choice(
-            own.temperature if temperature is None else temperature,
-            own.top_k if top_k is None else top_k,
-            own.top_p if top_p is None else top_p,
-            own.plausible if plausible is None else plausible,
-        )
+    def fps(self, fps: float | None) -> float:
+        """Frames a second of a clip: as asked, or as training saw most."""
+        if fps is None:
+            fps = next((g["fps"] for g in self.grids if g["kind"] == "video"), 8.0)
+        if not 0 < fps < math.inf:
+            raise UsageError(f"fps {fps} must be positive")
+        return float(fps)
 
     def grid(self, size: tuple[int, int] | None, kind: str) -> tuple[int, int, int]:
         """(T, H, W) in codes of a size in pixels, or of what training saw most."""
@@ -413,8 +692,24 @@ class Sampler:
             )
         return int(seen[0]) if seen else 1, size[0] // SPATIAL, size[1] // SPATIAL
 
+    def _sides(self, size: Size) -> tuple[int, int]:
+        if isinstance(size, str):
+            raise UsageError(f"size {size}: height and width in pixels, or free")
+        return self.grid(size, "image")[1:]
+
+    def _picture_grammar(self, size: Size) -> BlockGrammar | DocumentGrammar:
+        if size != "free":
+            return self.grammar(*self._sides(size))
+        return DocumentGrammar(self.vocabulary, self.decoder.config.context, picture=True)
+
     def grammar(
-        self, height: int, width: int, frames: int | None = None, fps: float | None = None
+        self,
+        height: int,
+        width: int,
+        frames: int | None = None,
+        fps: float | None = None,
+        begun: np.ndarray | None = None,
+        until: int | None = None,
     ) -> BlockGrammar:
         """The schedule of a block; sizes in codes. Raises `UnimodalError` if no context holds it,
         before it is built: that takes time and memory of its length."""
@@ -426,60 +721,90 @@ class Sampler:
                 f"{shape} codes take {block} tokens, the context of this checkpoint holds "
                 f"{context}: choose a smaller size or fewer frames"
             )
-        return BlockGrammar(self.vocabulary, height, width, frames, fps)
+        until = None if until is None or begun is None else len(begun) + until
+        return BlockGrammar(self.vocabulary, height, width, frames, fps, begun, until)
 
-    def _fits(self, prompt_ids: int, grammar: BlockGrammar, rest: int, prompt: str) -> None:
-        context, block = self.decoder.config.context, len(grammar.template)
-        if prompt_ids + block <= context:
-            return
-        shape = "*".join(map(str, grammar.shape))
-        shown = prompt if len(prompt) <= 40 else prompt[:40] + "…"
-        raise UnimodalError(
-            f"prompt {shown!r} takes {prompt_ids} tokens; with {block} of {shape} codes that is "
-            f"over the context of {context}: shorten it by {prompt_ids + block - context}"
-        )
+    def _fits(self, length: int, grammar: BlockGrammar | DocumentGrammar, prompt: str) -> None:
+        """`length` of the context, the grammar's opening being its end."""
+        held, opened = self.decoder.config.context, len(grammar.opening)
+        if isinstance(grammar, BlockGrammar):
+            block, shape = opened + grammar.most, "*".join(map(str, grammar.shape))
+        else:
+            block, shape = size_tree(self.vocabulary).least, "1*1"
+        over = length - opened + block - held
+        if over > 0:
+            shown = prompt if len(prompt) <= 40 else prompt[:40] + "…"
+            raise UnimodalError(
+                f"prompt {shown!r} takes {length - opened} tokens; with {block} of {shape} codes "
+                f"that is over the context of {held}: shorten it by {over}"
+            )
 
-    def pixels(self, codes: list[np.ndarray], image: bool) -> list[np.ndarray]:
-        """uint8 [frames, H, W, 3] of codes [T, H, W], all of one shape."""
+    def pixels(self, codes: Sequence[np.ndarray], image: bool) -> list[np.ndarray]:
+        """uint8 [frames, H, W, 3] of codes [T, H, W] each."""
         from unimodal.tokenize.vision.pixels import to_uint8
 
-        clips: list[np.ndarray] = []
-        for start in range(0, len(codes), self.batch):
-            part = torch.from_numpy(np.stack(codes[start : start + self.batch]))
-            clips += list(to_uint8(self.tokenizer.decode(part, image, self.joint)))
+        clips: list[np.ndarray] = [np.empty(0)] * len(codes)
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for number, one in enumerate(codes):
+            alike.setdefault(one.shape, []).append(number)
+        for numbers in alike.values():
+            for start in range(0, len(numbers), self.batch):
+                mine = numbers[start : start + self.batch]
+                part = torch.from_numpy(np.stack([codes[i] for i in mine]))
+                made = to_uint8(self.tokenizer.decode(part, image, self.joint))
+                for number, clip in zip(mine, made, strict=True):
+                    clips[number] = clip
         return clips
 
 
-class _Decoding:
-    """Rows being continued: the cache, and how far each row has come."""
+def each(value: Any, count: int, name: str) -> list[Any]:
+    """`value` for each of `count` prompts: a list as it is, anything else again and again."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise UsageError(f"{len(value)} values of {name} for {count} prompts: one for each")
+    return value
 
-    def __init__(self, decoder: Decoder, rows: int, length: int) -> None:
-        self.decoder = decoder
-        self.cache: Cache = decoder.cache(rows, length)
-        self.device = decoder.lm_head.weight.device
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=self.device)
 
-    def feed(self, rows: Tensor | list[list[int]]) -> Tensor:
-        """Append ids to each row ([R, k], or lists of unequal length); hidden states [R, D]
-        behind each row's last id."""
-        if isinstance(rows, list):
-            counts = torch.tensor([len(row) for row in rows], device=self.device)
-            longest = max(map(len, rows))
-            padded = [row + [0] * (longest - len(row)) for row in rows]  # see `Cached`
-            ids = torch.tensor(padded, dtype=torch.int64, device=self.device)
-        else:
-            ids = rows
-            counts = torch.full((len(ids),), ids.shape[1], device=self.device)
-        step = Cached(self.cache, self.lengths, ids.shape[1])
-        hidden = self.decoder.hidden(ids.flatten(), step.positions.flatten(), step)
-        self.lengths = self.lengths + counts
-        return hidden.view(*ids.shape, -1)[torch.arange(len(ids)), counts - 1]
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
 
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows only."""
-        chosen = torch.tensor(rows, device=self.device)
-        self.cache = self.cache.select(chosen)
-        self.lengths = self.lengths[chosen]
+
+def _known(how: Mapping[str, Any], kind: type) -> None:
+    if unknown := sorted(set(how) - set(kind.__annotations__)):
+        raise TypeError(f"there is no {', '.join(unknown)}: {', '.join(kind.__annotations__)}")
+
+
+def _positive(scale: float, name: str) -> None:
+    if not 0 < scale < math.inf:
+        raise UsageError(f"{name} {scale} must be positive (1 is none)")
+
+
+def _latent(frames: int, name: str = "frames") -> int:
+    if frames < TEMPORAL or frames % TEMPORAL:
+        near = max(TEMPORAL, round(frames / TEMPORAL) * TEMPORAL)
+        raise UsageError(f"{name} {frames} must be a multiple of {TEMPORAL}: try {near}")
+    return frames // TEMPORAL
+
+
+def _steps(grammar: BlockGrammar | DocumentGrammar) -> int:
+    """Free choices, so far as they are known."""
+    return len(grammar) if isinstance(grammar, BlockGrammar) else 0
+
+
+def _grouped(flat: Sequence[T], n: int) -> list[list[T]]:
+    return [list(flat[i : i + n]) for i in range(0, len(flat), n)]
+
+
+def _numbered(watch: Watch | None, numbers: Sequence[int]) -> Watch | None:
+    """`watch` for drafts that have other numbers elsewhere."""
+    if watch is None:
+        return None
+
+    def seen(done: Mapping[int, list[int]], steps: int) -> None:
+        watch({numbers[i]: ids for i, ids in done.items()}, steps)
+
+    return seen
 
 
 def _whole_groups(clip: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unimodal.model.samples import TASKS, Samples
+from unimodal.model.samples import ALONE, DROPPED, TASKS, WHOLE, Samples
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.tokenize.document import compose, write
 
@@ -60,7 +60,7 @@ class Document(NamedTuple):
     row: int
     describes: bool
     caption: int
-    """Which of the sample's captions; -1: none."""
+    """Which of the sample's captions; -1: none; of an edit see `samples.WHOLE`."""
     total: int
     """Its tokens: one less than its ids, as the last id predicts nothing."""
     start: int
@@ -176,8 +176,15 @@ def _other(samples: Samples, document: Document, settings: DataSettings, views: 
     task = int(samples.tasks[row])
     written = recent.get(row)
     if written is None:
-        parts = compose(TASKS[task], samples.segments(row))
+        pieces = samples.segments(row)
+        parts = compose(TASKS[task], pieces)
+        if document.caption < WHOLE:
+            dropped = DROPPED[: WHOLE - document.caption]
+            placed = zip(parts, pieces, strict=True)  # an edit has no template between its pieces
+            parts = [part for part, piece in placed if piece.role not in dropped]
         written = write(parts, samples.vocabulary, settings.vision_weight)
+        if document.caption == ALONE:  # no EOS to learn, see `_captioned`
+            written[1][-1] = 0
     whole, weighed = written
     if len(whole) != document.total + 1:
         raise _unequal(samples, document, len(whole))

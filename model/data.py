@@ -26,7 +26,7 @@ from pydantic import Field
 
 from unimodal.model.batch import KINDS, Batch, Document, collate
 from unimodal.model.packing import deal, pack
-from unimodal.model.samples import Samples, draw
+from unimodal.model.samples import ALONE, TASKS, UNTOLD, WHOLE, Samples, draw
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.settings import Settings
 
@@ -67,6 +67,11 @@ class DataSettings(Settings):
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of drawing documents whose caption is left empty: teaches the unconditional side of
     guidance."""
+    instruction_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of edits whose instruction is left out: teaches the side of guidance that knows the
+    source alone."""
+    source_dropout: float = Field(default=0.5, ge=0, le=1)
+    """Share of these that lose their source as well: the side of guidance that knows nothing."""
     styles: list[str] = Field(default_factory=list)
     """Caption styles to choose from; empty means all."""
     vision_weight: float = Field(default=0.5, ge=0)
@@ -106,12 +111,16 @@ def choose(
     samples: Samples, rows: np.ndarray, epochs: int | np.ndarray, settings: DataSettings, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What samples say in an epoch: bool [N], described rather than drawn; int64 [N], by which of
-    the captions, -1 for none."""
+    the captions, -1 for none, and what an edit leaves out, see `samples.WHOLE`."""
     keys, counts = samples.hashes[rows], samples.captions(rows)
     describes = (draw(seed, epochs, keys, "describes") < settings.understanding) & (counts > 0)
     captions = (draw(seed, epochs, keys, "caption") * counts).astype(np.int64)
     dropped = draw(seed, epochs, keys, "dropout") < settings.caption_dropout
-    captions[(counts == 0) | (dropped & ~describes)] = -1
+    captions[(counts == 0) | (dropped & ~describes)] = WHOLE
+    untold = samples.tasks[rows] == TASKS.index("edit")
+    untold &= draw(seed, epochs, keys, "instruction") < settings.instruction_dropout
+    captions[untold] = UNTOLD
+    captions[untold & (draw(seed, epochs, keys, "source") < settings.source_dropout)] = ALONE
     return describes, captions
 
 

@@ -16,11 +16,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unimodal.pipeline.errors import UnimodalError
-from unimodal.tokenize.document import FREE, Piece, block_length, block_template, parts_length
+from unimodal.tokenize.document import (
+    FREE,
+    Piece,
+    block_length,
+    block_template,
+    parts_length,
+    segment_length,
+)
 from unimodal.tokenize.vocabulary import Vocabulary
 
 TASKS = ("caption", "text", "chat", "interleaved", "edit")
 """What a row of the index can be; see `unimodal.tokenize.document.ROLES`."""
+
+WHOLE, UNTOLD, ALONE = -1, -2, -3
+"""Stand for a caption's number where there is none. Of an edit: all of it; without its
+instruction; without its source as well."""
+DROPPED = ("instruction", "source")
+"""Roles that an edit may leave out, in this order."""
 
 DIGESTED = (
     *("key", "source_sha256", "kind", "task", "split", "frames", "height", "width", "fps"),
@@ -78,6 +91,7 @@ class Samples:
             np.concatenate([getattr(table, name) for table in tables])
             for name in ("tasks", "sizes", "rates", "hashes", "lengths", "tokens", "counts", "val")
         )
+        self._dropped = np.concatenate([table.dropped for table in tables])
         self._tokens = tokens
         self._first = np.concatenate([[0], np.cumsum(counts)])
         self.rows = {"train": np.flatnonzero(~val), "val": np.flatnonzero(val)}
@@ -127,13 +141,14 @@ class Samples:
         return np.array(ids, np.int64)
 
     def length(self, rows: np.ndarray, captions: np.ndarray) -> np.ndarray:
-        """Tokens of documents of `rows` with these captions (-1: none).
+        """Tokens of documents of `rows` with these captions (-1: none; of edits see `WHOLE`).
 
         One less than their ids, as the last id predicts nothing.
         """
         at = np.where(captions < 0, 0, self._first[rows] + captions)
         text = np.append(self._tokens, 0)[np.minimum(at, len(self._tokens))]
-        return self.lengths[rows] + np.where(captions < 0, 0, text)
+        text = np.where(captions < 0, -self._dropped[rows, np.maximum(WHOLE - captions, 0)], text)
+        return self.lengths[rows] + text
 
     def key(self, row: int) -> str:
         """Key of a row."""
@@ -207,6 +222,8 @@ class _Columns:
         rates = pc.fill_null(column("fps"), np.nan).to_numpy(zero_copy_only=False)
         self.rates = np.where(moving, rates, np.nan)
         """NaN for a still image."""
+        self.dropped = np.zeros((len(self.tasks), 1 + len(DROPPED)), np.int32)
+        """Tokens that an edit is shorter by: whole, `UNTOLD`, `ALONE`."""
         self.lengths = self._lengths(column("segments"), vocabulary)
         self._captions(column("captions"), styles)
 
@@ -235,15 +252,32 @@ class _Columns:
         alike, _ = _alike(
             *(told.field(n).dictionary_encode().indices.fill_null(-1).to_numpy() for n in names)
         )
-        known: dict[tuple[int, bytes], int] = {}
+        spoken = [  # of each segment that is a text, and has a role that may be dropped
+            np.cumsum([0, *(tokens * pc.equal(told.field("role"), role).to_numpy(False))])
+            for role in DROPPED
+        ]
+        edit = TASKS.index("edit")
+        known: dict[tuple[int, bytes], tuple[int, list[int]]] = {}
         for row in rows.tolist():
             first, last = starts[row], starts[row + 1]
             form = (int(self.tasks[row]), alike[first:last].tobytes())
             if form not in known:
                 one = told.slice(first, last - first).to_pylist()
                 whole = parts_length(TASKS[self.tasks[row]], one, vocabulary)
-                known[form] = whole - 1 - int(sums[last] - sums[first])
-            lengths[row] = known[form] + sums[last] - sums[first]
+                pictures = [  # of each role
+                    sum(
+                        segment_length(segment, vocabulary)
+                        for segment in one
+                        if segment["role"] == role and segment["kind"] != "text"
+                    )
+                    for role in DROPPED
+                ]
+                known[form] = whole - 1 - int(sums[last] - sums[first]), pictures
+            fixed, pictures = known[form]
+            lengths[row] = fixed + sums[last] - sums[first]
+            if self.tasks[row] == edit:
+                parts = zip(pictures, spoken, strict=True)
+                self.dropped[row, 1:] = np.cumsum([p + s[last] - s[first] for p, s in parts])
         return lengths
 
     def _captions(self, captions: Any, styles: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -319,7 +320,9 @@ def _write(
 
 
 def test_ids_and_weights_are_those_of_the_documents(tiny_shards: Shards, documents: Shards) -> None:
-    settings = DataSettings(context=700, caption_dropout=0.0, described_vision_weight=0.25)
+    settings = DataSettings(
+        context=700, caption_dropout=0.0, described_vision_weight=0.25, instruction_dropout=0.0
+    )
     samples = Samples([tiny_shards, documents])
     loader = Loader(samples, settings, 0)
     rows = {samples.key(row): row for row in range(len(samples.tasks))}
@@ -359,6 +362,55 @@ def test_ids_and_weights_are_those_of_the_documents(tiny_shards: Shards, documen
                 }
                 assert names == wanted[task]
     assert seen == {"caption", "text", "chat", "interleaved", "edit"}
+
+
+def test_edits_lose_instruction_and_source_in_their_shares(
+    tmp_path: Path, tokenizer: VisionTokenizer
+) -> None:
+    rng = np.random.default_rng(0)
+    vocabulary = Vocabulary.bytes(tokenizer.codebook_size)
+
+    def picture(role: str) -> Piece:
+        return Piece(Image(rng.integers(0, tokenizer.codebook_size, rng.integers(1, 4, 2))), role)
+
+    made = [
+        [picture("source")] * int(rng.integers(1, 3))
+        + [Piece(Text("x" * int(rng.integers(1, 9))), "instruction"), picture("result")]
+        for _ in range(300)
+    ]
+    shards = _write(tmp_path / "s", tokenizer, vocabulary, [("edit", one) for one in made])
+    settings = DataSettings(context=96, instruction_dropout=0.4, source_dropout=0.25)
+    samples = Samples([shards])
+    order = {samples.key(row): row for row in range(len(made))}
+    counts, first = Counter[tuple[str, ...]](), {}
+    for seed in (0, 0, 1):
+        loader, found = Loader(samples, settings, seed), {}
+        for _ in loader.plan.packs:
+            batch = next(loader)
+            for key, (ids, targets, weights) in zip(batch.keys, _documents(batch), strict=True):
+                pieces = made[order[key]]
+                for left in ((), ("instruction",), ("instruction", "source")):
+                    kept = [piece for piece in pieces if piece.role not in left]
+                    told = serialize([piece.segment for piece in kept], vocabulary)
+                    if np.array_equal(told[:-1], ids):
+                        break
+                found[key] = left
+                assert np.array_equal(told[:-1], ids) and np.array_equal(told[1:], targets)
+                # The result alone is learned, and not that a lone picture has nothing behind it.
+                block = len(serialize([kept[-1].segment], vocabulary, bos=False))
+                learned = block - (len(left) == 2)
+                size = len(ids)
+                assert np.flatnonzero(weights).tolist() == [
+                    *range(size - block, size - block + learned)
+                ]
+        assert len(found) == len(samples.rows["train"])  # no pack was too full for its documents
+        assert seed or first in ({}, found)  # pure of (seed, epoch, key)
+        first = first or found
+        counts.update(found.values())
+    assert found != first
+    shares = {left: count / counts.total() for left, count in counts.items()}
+    assert shares[("instruction",)] == pytest.approx(0.3, abs=0.06)
+    assert shares[("instruction", "source")] == pytest.approx(0.1, abs=0.04)
 
 
 def test_caption_weight_0_learns_the_picture_alone(tiny_shards: Shards) -> None:
@@ -488,6 +540,7 @@ def _lengths_alone(sizes: np.ndarray) -> Samples:
     samples.lengths, samples.tasks = sizes, np.zeros(count, np.uint8)
     samples.hashes, samples.starts = np.arange(count, dtype=np.uint64), np.array([0, count])
     samples._first, samples._tokens = np.zeros(count + 1, np.int64), np.zeros(0, np.int64)
+    samples._dropped = np.zeros((count, 3), np.int32)
     samples.rows = {"train": np.arange(count), "val": np.arange(0)}
     return samples
 

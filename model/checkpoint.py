@@ -303,10 +303,19 @@ def weights_config(path: Path) -> DecoderConfig:
     return read_config(find(path)[1] / "config.json")
 
 
-def load_decoder(path: Path, device: str | torch.device = "cpu") -> Decoder:
-    """The decoder of a checkpoint, of one step of it, or of a directory of `naming`'s."""
+def load_decoder(
+    path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """The decoder of a checkpoint, of one step of it, or of a directory of `naming`'s.
+
+    Its matrices are kept in `dtype`, its norms in float32. Memory is taken once: each tensor is
+    read by itself into its place.
+    """
     with torch.device("meta"):  # no time for values that are about to be replaced
         decoder = Decoder(weights_config(path), seed=None)
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.to(dtype)
     decoder.to_empty(device=device)
     read_weights(decoder, find(path)[1])
     return decoder.eval()

@@ -12,6 +12,7 @@ only: one file, or shards with an index.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -30,6 +31,18 @@ NAMINGS = ("emu3", "transformers-emu3", "llama")
 WEIGHTS = "model.safetensors"
 # model_type in config.json: same graph in each, apart from qwen3's norm of q and k.
 TYPES = ("llama", "Emu3", "emu3", "emu3_text_model", "qwen3")
+# What transformers leaves out of the text_config of a released Emu3, as it is its default.
+_EMU3 = {
+    "vocab_size": 184_622,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 9216,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
 # On disk (text_model.model.*, text_model.lm_head) and in memory (model.text_model.*, lm_head).
 _NESTED = re.compile(r"^(?:text_model\.(?=model\.|lm_head\.)|(model\.)text_model\.)")
 _NOT_OURS = re.compile(r"^(?:model\.)?vqmodel\.|\.rotary_emb\.inv_freq$")
@@ -53,7 +66,7 @@ def read_config(source: Path) -> DecoderConfig:
     record = read_json(source)
     kind = record.get("model_type")
     if isinstance(record.get("text_config"), dict):  # Emu3ForConditionalGeneration
-        record = record["text_config"]
+        record = _EMU3 | record["text_config"]
     rope = record.get("rope_parameters") or record.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UnimodalError(f"{source}: its rope parameters are {rope!r}, no object: copy it again")
@@ -103,7 +116,7 @@ def read_weights(decoder: Decoder, directory: Path) -> None:
                 for stored in weights.keys():  # noqa: SIM118, it is no dictionary
                     if _NOT_OURS.search(stored):
                         continue
-                    name = _NESTED.sub(lambda found: found[1] or "", stored)
+                    name = _own_name(stored)
                     shape = list(weights.get_slice(stored).get_shape())
                     if name not in own or list(own[name].shape) != shape:
                         want = list(own[name].shape) if name in own else "no such tensor"
@@ -120,6 +133,35 @@ def read_weights(decoder: Decoder, directory: Path) -> None:
         raise UnimodalError(
             f"{directory} lacks {len(missing)} tensors, first {missing[0]}: copy it again"
         )
+
+
+def _own_name(stored: str) -> str:
+    return _NESTED.sub(lambda found: found[1] or "", stored)
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 over name, shape, dtype and beginning of each of a decoder's tensors, 64 hex digits.
+
+    A fingerprint that takes a second however large the decoder is: of a matrix the first row is
+    read, of a norm all. Free of the naming, and of how the tensors are spread over files.
+    """
+    digests: dict[str, bytes] = {}
+    for file in _files(directory):
+        try:
+            with safe_open(file, "pt") as weights:
+                for stored in weights.keys():  # noqa: SIM118, it is no dictionary
+                    if _NOT_OURS.search(stored):
+                        continue
+                    name = _own_name(stored)
+                    part = weights.get_slice(stored)
+                    shape = list(part.get_shape())
+                    first = part[:1] if len(shape) > 1 else part[:]
+                    about = f"{name} {shape} {first.dtype}".encode()
+                    values = first.contiguous().view(torch.uint8).numpy().tobytes()
+                    digests[name] = hashlib.sha256(about + values).digest()
+        except (OSError, SafetensorError) as error:
+            raise UnimodalError(f"{file} cannot be read ({error}): copy it again") from error
+    return hashlib.sha256(b"".join(digest for _, digest in sorted(digests.items()))).hexdigest()
 
 
 def _files(directory: Path) -> list[Path]:

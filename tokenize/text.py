@@ -46,18 +46,24 @@ class TextTokenizer:
         encode: Callable[[str], list[int]],
         decode: Callable[[list[int]], str],
         source: bytes = b"",
+        part: bool = False,
     ) -> None:
+        """`part`: the vocabulary file lists ids from `size` on, too, which are no text."""
         self.name = name
         self.size = size
         self._encode = encode
         self._decode = decode
         self._source = source  # the vocabulary file, byte for byte: what `save` writes
-        self._digest = hashlib.sha256(name.encode() + b"\0" + source).hexdigest()
+        self._part = part
+        end = b"\0%d" % size if part else b""
+        self._digest = hashlib.sha256(name.encode() + b"\0" + source + end).hexdigest()
 
     @classmethod
-    def load(cls, where: str | Path) -> TextTokenizer:
+    def load(cls, where: str | Path, size: int | None = None) -> TextTokenizer:
         """Load `"bytes"`, a `*.tiktoken` rank file, a `tokenizer.json`, or a directory of either.
 
+        `size`: of a `tokenizer.json`, how many of its ids are text. Those behind them, such as the
+        control and vision tokens that transformers' Emu3 lists there, are never written or read.
         Raises `UnimodalError` when there is nothing to load or the file is not what it says.
         """
         if where == "bytes":
@@ -68,7 +74,9 @@ class TextTokenizer:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UnimodalError(f"text tokenizer {path} is over {MAX_FILE_BYTES >> 20} MiB")
         source = path.read_bytes()
-        return _tiktoken(source, path) if path.suffix == ".tiktoken" else _json(source, path)
+        if path.suffix == ".tiktoken":
+            return _tiktoken(source, path)
+        return _json(source, path, size or _saved_size(path.parent))
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Nothing is added in front or behind."""
@@ -92,8 +100,9 @@ class TextTokenizer:
         if file is not None:
             with atomic(directory / file) as temporary:
                 temporary.write_bytes(self._source)
+        record = {"tokenizer": self.name, **({"size": self.size} if self._part else {})}
         with atomic(directory / "text.json") as temporary:
-            temporary.write_text(json.dumps({"tokenizer": self.name}) + "\n")
+            temporary.write_text(json.dumps(record) + "\n")
 
     def digest(self) -> str:
         """SHA-256 of the kind and the vocabulary file; equal digests give equal ids."""
@@ -136,6 +145,14 @@ def _find(path: Path) -> Path | None:
             f"{path} holds {len(found)} text tokenizers: name one *.tiktoken or tokenizer.json"
         )
     return found[0]
+
+
+def _saved_size(directory: Path) -> int | None:
+    """How many ids are text, where `save` wrote that down."""
+    if not (directory / "text.json").is_file():
+        return None
+    size = json.loads((directory / "text.json").read_text()).get("size")  # `_find` has read it
+    return size if isinstance(size, int) else None
 
 
 def _normal(text: str) -> str:
@@ -185,7 +202,7 @@ def _tiktoken(source: bytes, path: Path) -> TextTokenizer:
     )
 
 
-def _json(source: bytes, path: Path) -> TextTokenizer:
+def _json(source: bytes, path: Path, size: int | None) -> TextTokenizer:
     from tokenizers import Tokenizer
 
     try:
@@ -201,11 +218,18 @@ def _json(source: bytes, path: Path) -> TextTokenizer:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return list(inner.encode(text, add_special_tokens=False).ids)
 
-    size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+    whole = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+    if size is not None:
+        added = inner.get_added_tokens_decoder().items()
+        named = sorted(str(token.content) for i, token in added if i >= size and not token.special)
+        if named or not 0 < size <= whole:
+            what = f"writes {named[0]!r} as text" if named else f"has {whole} ids, not {size}"
+            raise UnimodalError(f"{path} {what}: copy it again")
     return TextTokenizer(
         "tokenizer.json",
-        size,
+        size or whole,
         encode,
         lambda ids: str(inner.decode(ids, skip_special_tokens=False)),
         source,
+        part=size is not None,
     )

@@ -87,12 +87,17 @@ class Noise:
     """
 
     def __init__(
-        self, seed: int, keys: Sequence[tuple[int, ...]], device: torch.device | str = "cpu"
+        self,
+        seed: int | Sequence[int],
+        keys: Sequence[tuple[int, ...]],
+        device: torch.device | str = "cpu",
     ) -> None:
-        """`keys` of the P sequences: prompt, sample, and what else tells them apart."""
+        """`keys` of the P sequences: prompt, sample, and what else tells them apart. `seed` is one
+        for all, or one for each."""
+        seeds = [seed] * len(keys) if isinstance(seed, int) else seed
         words = []
-        for key in keys:
-            digest = hashlib.sha256("/".join(map(str, (seed, *key))).encode()).digest()
+        for own, key in zip(seeds, keys, strict=True):
+            digest = hashlib.sha256("/".join(map(str, (own, *key))).encode()).digest()
             words.append(np.frombuffer(digest[:8], "<i4").astype(np.int32))
         self.keys = torch.from_numpy(np.stack(words)).to(device)  # int32 [P, 2]
 

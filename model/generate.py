@@ -36,6 +36,8 @@ class Draft:
     """A scale for each row but the first."""
     key: tuple[int, ...] = (0, 0)
     """Of its noise: prompt, sample, and what else tells it apart."""
+    seed: int | None = None
+    """Of its noise; None: as `Drawing` says."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ class _Batch:
         device = self.decoder.lm_head.weight.device
         count, self.rows = len(self.drafts), len(self.drafts[0].contexts)
         self.walks: list[Walk] = [draft.grammar.start() for draft in self.drafts]
-        self.noise = Noise(self.drawing.seed, [draft.key for draft in self.drafts], device)
+        shared = self.drawing.seed
+        seeds = [shared if draft.seed is None else draft.seed for draft in self.drafts]
+        self.noise = Noise(seeds, [draft.key for draft in self.drafts], device)
         scales = torch.tensor([draft.guidance for draft in self.drafts], dtype=torch.float32)
         self.scales = scales.T[:, :, None].to(device)  # [G - 1, P, 1]
         self.ids = [[] for _ in self.drafts]

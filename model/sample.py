@@ -64,7 +64,8 @@ class How(TypedDict, total=False):
     top_p: float | None
     plausible: float | None
     """These four as `Choice`."""
-    seed: int
+    seed: int | list[int]
+    """For all, or one for each prompt, which then comes as it does alone with that seed."""
     progress: Progress | None
     watch: Watch | None
     """Sees the sequences grow."""
@@ -77,7 +78,7 @@ class Words(TypedDict, total=False):
     temperature: float | None
     top_k: int | None
     top_p: float | None
-    seed: int
+    seed: int | list[int]
     progress: Progress | None
     watch: Watch | None
 
@@ -570,7 +571,13 @@ class Sampler:
 
         if total is not None:
             progress.begin("sample", total, "tokens")
-        written = self.backend.generate(drafts, Drawing(vision, text, how.get("seed", 0)), seen)
+        seed = how.get("seed", 0)
+        if isinstance(seed, list):
+            if len(seed) <= max(draft.key[0] for draft in drafts):
+                raise UsageError(f"{len(seed)} values of seed for more prompts: one for each")
+            drafts = [replace(d, key=(0, *d.key[1:]), seed=seed[d.key[0]]) for d in drafts]
+            seed = 0  # of none
+        written = self.backend.generate(drafts, Drawing(vision, text, seed), seen)
         if total is not None:
             progress.end("sample")
         return written

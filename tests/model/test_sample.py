@@ -22,12 +22,22 @@ from transformers import (
 from unimodal.model import sample as module
 from unimodal.model.choice import Choice, Noise
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
-from unimodal.model.grammar import BlockGrammar
+from unimodal.model.generate import Draft, Drawing, TorchBackend
+from unimodal.model.grammar import BlockGrammar, text_grammar
 from unimodal.model.recipe import SamplingSettings, TrainSettings
 from unimodal.model.sample import Sampler, contact_sheet
 from unimodal.model.train import train
 from unimodal.pipeline.errors import UnimodalError, UsageError
-from unimodal.tokenize.document import FREE, Image, Text, Video, parse
+from unimodal.tokenize.document import (
+    FREE,
+    Image,
+    Piece,
+    Text,
+    Video,
+    compose,
+    parse,
+    serialize,
+)
 from unimodal.tokenize.shards import Shards
 from unimodal.tokenize.vision.pixels import to_uint8
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
@@ -282,6 +292,182 @@ def test_a_picture_is_described_from_its_codes_at_the_trained_size(sampler: Samp
     assert sampler._encode(clip[:2]).shape[0] == 1
 
 
+def test_each_prompt_may_have_its_own_size_guidance_and_negative(
+    sampler: Sampler, vocabulary: Vocabulary
+) -> None:
+    sizes, scales, against = [(16, 24), (32, 8), (24, 24)], [1.0, 3.0, 2.0], ["", "a", "dark"]
+    together = sampler.images(PROMPTS[:3], sizes, n=2, guidance=scales, negative=against, seed=9)
+    assert [one[0].shape[:2] for one in together] == sizes
+    for place in range(3):
+        grammar = sampler.grammar(sizes[place][0] // 8, sizes[place][1] // 8)
+        alone = sampler.codes(
+            [PROMPTS[place]],
+            grammar,
+            n=2,
+            guidance=scales[place],
+            negative=against[place],
+            seed=9,
+            first=place,
+        )
+        pictures = sampler.pixels([one[None] for one in alone[0]], True)
+        assert np.array_equal(np.stack(pictures)[:, 0], np.stack(together[place]))
+
+
+def test_a_free_size_is_written_by_the_model(sampler: Sampler, vocabulary: Vocabulary) -> None:
+    pictures = sampler.images(["a", "kite"], "free", n=2, seed=1)
+    for picture in (one for group in pictures for one in group):
+        height, width = picture.shape[0] // 8, picture.shape[1] // 8
+        assert height * (width + 1) < 128
+
+
+def test_a_suffix_and_a_negative_of_the_recipe_are_used(
+    decoder: Decoder, vocabulary: Vocabulary, tokenizer: VisionTokenizer
+) -> None:
+    own = SamplingSettings(suffix=", sharp", negative="blurry")
+    told = Sampler(decoder, vocabulary, tokenizer, GRIDS)
+    by_recipe = Sampler(decoder, vocabulary, tokenizer, GRIDS, own)
+    wanted = told.images(["a, sharp"], negative="blurry")
+    assert np.array_equal(by_recipe.images(["a"]), wanted)
+    assert not np.array_equal(by_recipe.images(["a"], negative=""), wanted)
+
+
+def test_a_clip_goes_on_from_its_last_frames_for_as_long_as_is_asked(
+    decoder: Decoder, vocabulary: Vocabulary, tokenizer: VisionTokenizer
+) -> None:
+    """Window by window: each is a clip of the trained length that begins with the last codes."""
+    grids = [{"kind": "video", "size": [3, 2, 3], "fps": 6.0, "samples": 1}]
+    sampler = Sampler(decoder, vocabulary, tokenizer, grids)
+    codes = np.random.default_rng(0).integers(0, 64, (2, 2, 3))
+    ((clip,),) = sampler.extend([codes], frames=16, prompts=["kite"], overlap=4, seed=2)
+    assert clip.shape == (8 + 16, 16, 24, 3)
+    known = codes
+    for number, until in enumerate((2, 2)):  # 4 latent frames more, two a window
+        grammar = BlockGrammar(vocabulary, 2, 3, 3, 6.0, known[-1:], 1 + until)
+        rows = tuple(
+            [vocabulary.bos, *vocabulary.text.encode(text), *grammar.opening]
+            for text in ("kite", "")
+        )
+        draft = Draft(rows, grammar, (3.0,), (0, 0, number))
+        (ids,) = TorchBackend(decoder).generate([draft], Drawing(Choice(), Choice(), 2))
+        known = np.concatenate([known, grammar.codes(ids)])
+    assert len(known) * 4 == len(clip)
+    assert np.array_equal(clip, sampler.pixels([known], False)[0])
+    # In the first frames it is what was given; three samples differ behind them.
+    several = sampler.extend([codes], frames=4, n=3)[0]
+    assert all(np.array_equal(one[:8], clip[:8]) for one in several)
+    assert len({one.tobytes() for one in several}) == 3
+
+
+def test_an_edit_sees_the_picture_and_the_instruction(
+    sampler: Sampler, decoder: Decoder, vocabulary: Vocabulary
+) -> None:
+    """The rows of an edit are what training calls an edit document, and the same without."""
+    codes = np.random.default_rng(0).integers(0, 64, (3, 4))
+    pieces = [
+        Piece(Image(codes), "source"),
+        Piece(Text("make it red"), "instruction"),
+        Piece(Image(codes), "result"),
+    ]
+    parts = compose("edit", pieces)
+    whole = serialize([part.segment for part in parts], vocabulary, eos=False).tolist()
+    made: list[Draft] = []
+
+    class Kept:
+        def generate(self, drafts: Sequence[Draft], drawing: Drawing, watch: Any) -> Any:
+            made.extend(drafts)
+            return TorchBackend(decoder).generate(drafts, drawing, watch)
+
+    spied = Sampler(decoder, vocabulary, sampler.tokenizer, GRIDS, backend=Kept())
+    ((picture,),) = spied.edit([codes], ["make it red"], guidance=2.0, image_guidance=1.5)
+    assert picture.shape == (24, 32, 3)
+    grammar = sampler.grammar(3, 4)
+    full, image, none = made[0].contexts
+    assert full == whole[: len(full)] and len(full) + grammar.most == len(whole)
+    block = grammar.ids(codes).tolist()
+    assert image == [vocabulary.bos, *block, *grammar.opening]
+    assert none == [vocabulary.bos, *grammar.opening]
+    assert made[0].guidance == (1.5, 2.0)
+    spied.edit([codes], ["make it red"], guidance=2.0)  # the picture is not led to: two rows
+    assert made[1].contexts == (full, image) and made[1].guidance == (2.0,)
+    spied.edit([codes], ["make it red"], guidance=1.0)
+    assert made[2].contexts == (full,)
+    assert spied.edit([codes], ["x"], size=(16, 16))[0][0].shape == (16, 16, 3)
+
+
+@torch.no_grad()
+def test_a_question_is_asked_in_the_chat_template(
+    sampler: Sampler, decoder: Decoder, vocabulary: Vocabulary
+) -> None:
+    codes = np.random.default_rng(0).integers(0, 64, (2, 3))
+    (answer,) = sampler.ask([[codes]], ["what?"], max_tokens=8)
+    block = sampler.grammar(2, 3).ids(codes).tolist()
+    encode = vocabulary.text.encode
+    ids = [vocabulary.bos, *encode("You are a helpful assistant. USER: "), *block]
+    ids += [*encode("what?"), *encode(". ASSISTANT:")]
+    start = len(ids)
+    allowed = [*range(256), vocabulary.eos]
+    while len(ids) - start < 8:
+        best = allowed[int(decoder(torch.tensor([ids]))[0, -1, allowed].argmax())]
+        if best == vocabulary.eos:
+            break
+        ids.append(best)
+    assert answer == vocabulary.text.decode(ids[start:])
+    # A conversation ends the answers before with EOS, as training writes it.
+    turns = ["a?", "b", "c?"]
+    pieces = [Piece(Text(t), ("user", "assistant")[i % 2]) for i, t in enumerate([*turns, ""])]
+    parts = [part.segment for part in compose("chat", pieces)]
+    whole = serialize(parts, vocabulary, eos=False).tolist()
+    (told,) = sampler.ask([[]], [turns], max_tokens=4)
+    grammar = text_grammar(vocabulary, 4)
+    drawing = Drawing(Choice(None), Choice(None))
+    (ids,) = TorchBackend(decoder).generate([Draft((whole,), grammar)], drawing)
+    assert told == vocabulary.text.decode([i for i in ids if i != vocabulary.eos])
+
+
+def test_a_recipes_question_describes(
+    decoder: Decoder, vocabulary: Vocabulary, tokenizer: VisionTokenizer
+) -> None:
+    own = SamplingSettings(describe="what is it?")
+    asks = Sampler(decoder, vocabulary, tokenizer, GRIDS, own)
+    codes = np.random.default_rng(0).integers(0, 64, (2, 3))
+    assert asks.describe([codes], 6) == asks.ask([[codes]], ["what is it?"], 6)
+
+
+def test_text_goes_on_as_text(sampler: Sampler, decoder: Decoder, vocabulary: Vocabulary) -> None:
+    (text,) = sampler.write(["once"], max_tokens=6)
+    grammar = text_grammar(vocabulary, 6)
+    context = [vocabulary.bos, *vocabulary.text.encode("once")]
+    drawing = Drawing(Choice(None), Choice(None))
+    (ids,) = TorchBackend(decoder).generate([Draft((context,), grammar)], drawing)
+    assert text == vocabulary.text.decode([i for i in ids if i != vocabulary.eos])
+    assert sampler.write(["once"], 6, temperature=1.0, seed=1) != sampler.write(
+        ["once"], 6, temperature=1.0, seed=2
+    )
+
+
+def test_texts_and_pictures_come_back_in_their_order(
+    decoder: Decoder, vocabulary: Vocabulary, tokenizer: VisionTokenizer
+) -> None:
+    eager = Decoder(decoder.config)
+    eager.load_state_dict(decoder.state_dict())
+    eager.lm_head.weight.data[vocabulary.boi] *= 4
+    sampler = Sampler(eager.eval(), vocabulary, tokenizer, GRIDS)
+    codes = np.random.default_rng(0).integers(0, 64, (2, 3))
+    words = Choice(1.0)
+    (reply,) = sampler.interleave(
+        [["a", codes, "b"]], images=2, max_tokens=60, size=(16, 24), text=words, seed=1
+    )
+    pictures = [one for one in reply if not isinstance(one, str)]
+    assert len(pictures) == 2 and all(one.shape == (16, 24, 3) for one in pictures)
+    (plain,) = sampler.interleave([["a", codes]], images=0, max_tokens=9, text=words)
+    assert all(isinstance(one, str) for one in plain)
+
+
+def test_a_misspelt_keyword_is_an_error(sampler: Sampler) -> None:
+    with pytest.raises(TypeError, match="there is no guidence"):
+        sampler.images(["a"], guidence=2.0)  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -295,6 +481,19 @@ def test_a_picture_is_described_from_its_codes_at_the_trained_size(sampler: Samp
         (lambda s: s.images(["a"], size=(96, 96)), r"12\*12 codes take 165 tokens, .* holds 128"),
         (lambda s: s.images(["a" * 100]), "takes 101 tokens; with 31 of 4.5 .* shorten it by 4"),
         (lambda s: s.images(["a"], negative="b" * 100), "'bbbb.*shorten it by 4"),
+        (lambda s: s.images(["a", "b"], guidance=[1.0]), "1 values of guidance for 2 prompts"),
+        (lambda s: s.images(["a"], "big"), "size big: height and width in pixels, or free"),
+        (lambda s: s.images(["a" * 125], "free"), "'aaaa.*over the context of 128: shorten it"),
+        (lambda s: s.edit([np.ones((4, 5), int)], ["a"], image_guidance=0), "image-guidance 0 mu"),
+        (lambda s: s.edit([np.ones((9, 9), int)], ["a"]), "prompt 'a' takes .* shorten it by"),
+        (lambda s: s.edit([np.ones((4, 5), int)], []), "1 pictures have 0 instructions"),
+        (lambda s: s.edit([np.ones((2, 4, 5), int)], ["a"]), "a picture is needed here"),
+        (lambda s: s.extend([np.ones((2, 4, 4), int)], 6), "frames 6 must be a multiple of 4"),
+        (lambda s: s.extend([np.ones((2, 4, 4), int)], 8, overlap=8), "overlap of 8 frames leaves"),
+        (lambda s: s.extend([np.ones((4, 4), int)], 8), "a clip is needed here"),
+        (lambda s: s.ask([[]], [["a", "b"]]), "must end with a question"),
+        (lambda s: s.write(["a" * 200]), "prompt 0 takes 201 tokens, the context"),
+        (lambda s: s.interleave([["a" * 200]]), "document 0 takes 201 tokens, the context"),
         (lambda s: s.videos(["a"], frames=6), "frames 6 must be a multiple of 4: try 8"),
         (lambda s: s.videos(["a"], fps=0.0), "fps 0.0 must be positive"),
         (lambda s: s.describe([np.zeros((12, 12), int)]), "takes 166 tokens, the context"),

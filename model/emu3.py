@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from unimodal.model.checkpoint import load_decoder, weights_config
+from unimodal.model.checkpoint import weights_config
 from unimodal.model.decoder import Decoder
 from unimodal.model.export import STRINGS
-from unimodal.model.naming import WEIGHTS, read_json, weights_digest
+from unimodal.model.naming import WEIGHTS, read_json
 from unimodal.model.recipe import SamplingSettings
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.settings import build
@@ -44,7 +44,6 @@ VISION = "Emu3-VisionTokenizer"
 TYPES = ("Emu3", "emu3", "emu3_text_model")
 SPATIAL = 8
 """Pixels per code along a side."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NEGATIVE = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, "
     "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, "
@@ -63,9 +62,8 @@ class Kind:
     area: int
     """Pixels of a picture that it draws; as in its config.json."""
     sampling: Mapping[str, Any]
-    """Beside guidance 3, top-k 2048, temperature 1, which all have."""
-    chats: bool = False
-    """Whether it was tuned to answer, so that a description is asked for; else it goes on."""
+    """Beside guidance 3, top-k 2048, temperature 1, which all have. One that was tuned to answer
+    is asked for descriptions; the others go on behind a picture."""
 
 
 KINDS = {
@@ -76,7 +74,12 @@ KINDS = {
         {"suffix": " masterpiece, film grained, best quality.", "negative": NEGATIVE},
     ),
     "stage1": Kind("BAAI/Emu3-Stage1", 5120, 262_144, {}),
-    "chat": Kind("BAAI/Emu3-Chat", 131_072, 262_144, {}, chats=True),
+    "chat": Kind(
+        "BAAI/Emu3-Chat",
+        131_072,
+        262_144,
+        {"describe": "Please describe the image", "max_tokens": 1024},
+    ),
 }
 
 
@@ -87,38 +90,37 @@ class Manner:
     min_pixels: int = 1 << 18
     max_pixels: int = 1 << 20
     max_aspect: float = MAX_ASPECT
-    before: str = f"{SYSTEM}USER: "
     after: str = ". ASSISTANT:"
-    question: str | None = None
-    """What a description is asked for with; None: the text that follows the picture is one."""
-    max_tokens: int = 256
-    """Of a description or an answer."""
+    """What stands behind a question."""
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels of a picture before it is encoded; raises `MediaError`."""
         return smart_size(height, width, self.min_pixels, self.max_pixels, SPATIAL, self.max_aspect)
 
     def prompt(
-        self, vocabulary: Vocabulary, blocks: Sequence[Sequence[int]], question: str | None
+        self, vocabulary: Vocabulary, blocks: Sequence[Sequence[int]], turns: Sequence[str]
     ) -> list[int]:
         """Ids of a question about vision blocks (BOI to EOI each), up to where the answer begins.
 
-        What stands between control tokens is encoded as one text, as Emu3's processors do: "?"
-        and the period behind it may be one id. `question` None is a description by continuation.
+        `turns`: questions and answers in turn, most often one question. What stands between control
+        tokens is encoded as one text, as Emu3's processors do: "?" and the period behind it may be
+        one id. Emu3 has no further turns; ours follow Vicuna, as in `tokenize.document`.
         """
-        encode, seen = vocabulary.text.encode, [i for block in blocks for i in block]
-        if question is None:
-            return [vocabulary.bos, *seen]
-        if not seen:
-            return [vocabulary.bos, *encode(self.before + question + self.after)]
-        return [vocabulary.bos, *encode(self.before), *seen, *encode(question + self.after)]
+        encode, first = vocabulary.text.encode, turns[0] + self.after
+        if blocks:
+            seen = [i for block in blocks for i in block]
+            ids = [vocabulary.bos, *encode(f"{SYSTEM}USER: "), *seen, *encode(first)]
+        else:
+            ids = [vocabulary.bos, *encode(f"{SYSTEM}USER: {first}")]
+        for answer, question in zip(turns[1::2], turns[2::2], strict=True):
+            ids += [*encode(answer), vocabulary.eos, *encode(f"USER: {question}{self.after}")]
+        return ids
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a sampler is made of."""
+    """What a sampler needs beside the decoder."""
 
-    decoder: Decoder
     vocabulary: Vocabulary
     tokenizer: VisionTokenizer
     grids: list[dict[str, Any]]
@@ -127,8 +129,6 @@ class Parts:
     manner: Manner
     kind: str
     """One of `KINDS`."""
-    digest: str
-    """Of the decoder's weights: see `weights_digest`."""
 
 
 def is_emu3(path: str | Path) -> bool:
@@ -138,7 +138,7 @@ def is_emu3(path: str | Path) -> bool:
     if not (path / "config.json").is_file() or (path / "vocabulary").exists():
         return False
     try:
-        return _record(path).get("model_type") in TYPES
+        return read_json(path / "config.json").get("model_type") in TYPES
     except UnimodalError:
         return False
 
@@ -147,29 +147,29 @@ def load(
     path: str | Path,
     device: str | torch.device = "cpu",
     tokenizer: str | Path | None = None,
-    weights: str | None = None,
     kind: str | None = None,
 ) -> Parts:
-    """The parts of a sampler, from a directory that `is_emu3`.
+    """The parts of a sampler, all but the decoder, from a directory that `is_emu3`.
 
-    `tokenizer`: directory of the vision tokenizer; by default `vision_tokenizer` in the directory,
-    `Emu3-VisionTokenizer` beside it, or the one in the same weights (transformers).
-    `weights`: float32 or bfloat16, what the decoder's matrices are kept as; None: bfloat16 on a
-    GPU, else float32. `kind`: one of `KINDS`, where config.json and the directory's name mislead.
+    `device`: where the vision tokenizer computes, in float32. `tokenizer`: its directory; by
+    default `vision_tokenizer` in the checkpoint's, `Emu3-VisionTokenizer` beside it, or the one in
+    the same weights (transformers). `kind`: one of `KINDS`, where config.json and the directory's
+    name mislead.
 
     Raises `UnimodalError` naming all files that are missing and where they are to be had, or what
-    does not fit.
+    does not fit. The weights of the decoder are not read, so that all this takes seconds.
     """
-    path, device = Path(path), torch.device(device)
-    record = _record(path)
+    path = Path(path)
+    record = read_json(path / "config.json")
     kind = _kind(path, record, kind)
-    weights = weights or ("bfloat16" if device.type == "cuda" else "float32")
-    if weights not in DTYPES:
-        raise UsageError(f"weights {weights}: give one of {', '.join(DTYPES)}")
     vision = _vision(path, record, tokenizer, kind)
     vocabulary = _vocabulary(path, record)
-    defaults, manner = _usage(path, vision, kind, nested="vq_config" in record)
-    _check_room(path, device, weights)
+    size = weights_config(path).vocabulary_size
+    if size < vocabulary.size:
+        raise UnimodalError(
+            f"{path / 'config.json'} has vocab_size {size}, its tokenizer's files "
+            f"{vocabulary.size} ids: they are of two checkpoints; copy all again"
+        )
     seeing = VisionTokenizer.load(vision, str(device))
     if seeing.codebook_size != vocabulary.codebook_size:
         raise UnimodalError(
@@ -177,23 +177,47 @@ def load(
             f"{vocabulary.codebook_size}: give the vision tokenizer that belongs to it "
             f"(BAAI/{VISION}, with --tokenizer DIR)"
         )
-    decoder = load_decoder(path, device, DTYPES[weights])
-    if decoder.config.vocabulary_size < vocabulary.size:
-        raise UnimodalError(
-            f"{path / 'config.json'} has vocab_size {decoder.config.vocabulary_size}, its "
-            f"tokenizer's files {vocabulary.size} ids: they are of two checkpoints; copy all again"
-        )
+    nested = "vq_config" in record
     side = max(1, round(math.sqrt(_area(record, kind)) / SPATIAL))
-    grids = [{"kind": "image", "size": [1, side, side], "fps": None, "samples": 0}]
-    digest = weights_digest(path)
-    return Parts(decoder, vocabulary, seeing, grids, defaults, manner, kind, digest)
+    return Parts(
+        vocabulary,
+        seeing,
+        [{"kind": "image", "size": [1, side, side], "fps": None, "samples": 0}],
+        _defaults(path, kind, nested),
+        _manner(path, vision, nested),
+        kind,
+    )
+
+
+def check_room(path: Path, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Raise `UnimodalError` if memory certainly does not hold a decoder's weights as `dtype`.
+
+    Better than to bring the machine to its knees first: Emu3's take 34 GB as float32.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(weights_config(path), seed=None)
+    need = sum(parameter.numel() for parameter in decoder.parameters()) * dtype.itemsize
+    free = _free(torch.device(device))
+    if free is not None and need > free:
+        hint = "give --weights bfloat16, or " if dtype == torch.float32 else ""
+        raise UnimodalError(
+            f"{path} takes {need / 1e9:.0f} GB as {str(dtype).removeprefix('torch.')}, "
+            f"{free / 1e9:.0f} GB of memory are free on {device}: {hint}choose a larger machine"
+        )
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes that can be had; None where this is not told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line), None)
 
 
 # --- which checkpoint it is ----------------------------------------------------------------
-
-
-def _record(path: Path) -> dict[str, Any]:
-    return read_json(path / "config.json")
 
 
 def _text(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -281,7 +305,7 @@ def _transformers_ids(
     source = path / "tokenizer.json"
     whole: Any = None
     try:
-        whole = Tokenizer.from_str(source.read_text())
+        whole = Tokenizer.from_str(source.read_bytes().decode())
     except Exception as error:  # the library raises bare Exception for a bad file
         raise UnimodalError(f"{source} is not a tokenizer.json: {error}") from error
     ids: dict[str, int] = whole.get_vocab(with_added_tokens=True)
@@ -347,84 +371,55 @@ def _vision(
     return given if given is not None else found[0]
 
 
-def _usage(
-    path: Path, vision: str | Path, kind: str, nested: bool
-) -> tuple[SamplingSettings, Manner]:
-    """How it draws and how it is asked: of its kind, then of the files beside the weights."""
-    about = KINDS[kind]
+def _defaults(path: Path, kind: str, nested: bool) -> SamplingSettings:
+    """How it draws and writes: as its kind, and as generation_config.json says."""
     sampling: dict[str, Any] = {"guidance": 3.0, "temperature": 1.0, "top_k": 2048, "top_p": 1.0}
-    sampling |= about.sampling
+    sampling |= KINDS[kind].sampling
+    if nested and "describe" in sampling:
+        sampling["describe"] += "."  # which Emu3's own template adds
     file = path / "generation_config.json"
     told = read_json(file) if file.is_file() else {}
-    prefix = "text_" if about.chats else ""
-    if not about.chats or told.get("do_sample"):
+    chats = kind == "chat"
+    if not chats or told.get("do_sample"):
         for theirs in ("temperature", "top_k", "top_p"):
-            if told.get(theirs):  # transformers writes 0 or null for "not used"
-                sampling[prefix + theirs] = told[theirs]
+            if told.get(theirs):  # 0 and null are "not used"
+                sampling[f"text_{theirs}" if chats else theirs] = told[theirs]
     if told.get("guidance_scale"):
         sampling["guidance"] = told["guidance_scale"]
+    if told.get("max_new_tokens") and chats:
+        sampling["max_tokens"] = told["max_new_tokens"]
     try:
-        known = {k: v for k, v in sampling.items() if k in SamplingSettings.model_fields}
-        defaults = build(SamplingSettings, known)
+        return build(SamplingSettings, sampling)
     except UsageError as error:
         raise UnimodalError(f"{file}: {error}: correct it, or remove the file") from error
-    manner: dict[str, Any] = _pixels(path, vision)
-    if about.chats:
-        manner |= {"question": "Please describe the image", "max_tokens": 1024}
-    if isinstance(told.get("max_new_tokens"), int) and told["max_new_tokens"] > 0:
-        manner["max_tokens"] = told["max_new_tokens"]
-    if nested:
-        # transformers' template of a chat has no period, and its processor takes longer pictures.
-        manner |= {"after": " ASSISTANT:", "max_aspect": 200.0}
-        manner |= {"question": "Please describe the image."} if about.chats else {}
-    return defaults, Manner(**manner)
 
 
-def _pixels(path: Path, vision: str | Path) -> dict[str, int]:
-    """Bounds of a picture's area from the image processor's file, if there is one."""
-    for file in (path / "processor_config.json", *_preprocessors(path, vision)):
-        if not file.is_file():
-            continue
+def _manner(path: Path, vision: str | Path, nested: bool) -> Manner:
+    """How pictures and questions are put: as its layout's processor does, with the bounds of a
+    picture's area from that processor's file."""
+    bounds: dict[str, int] = {}
+    files = [path / "processor_config.json"]
+    files += [Path(place) / "preprocessor_config.json" for place in (vision, path)]
+    for file in (file for file in files if file.is_file()):
         record = read_json(file)
-        inner = record.get("image_processor", record)
-        record = inner if isinstance(inner, dict) else {}
+        record = record.get("image_processor", record)
+        if not isinstance(record, dict) or "max_pixels" not in record:
+            continue
         for key in ("image_mean", "image_std"):
-            if record.get(key, [0.5] * 3) not in ([0.5] * 3, 0.5, None):
+            if record.get(key) not in ([0.5] * 3, 0.5, None):
                 raise UnimodalError(
-                    f"{file}: {key} is {json.dumps(record[key])}; Emu3's tokenizer knows 0.5 only: "
-                    "correct it"
+                    f"{file}: {key} is {json.dumps(record[key])}, and Emu3's tokenizer knows 0.5 "
+                    "alone: copy it again"
                 )
-        bounds = {key: record.get(key) for key in ("min_pixels", "max_pixels")}
-        if all(isinstance(value, int) and value >= 64 for value in bounds.values()):
-            return {key: int(value or 0) for key, value in bounds.items()}
-    return {}
-
-
-def _preprocessors(path: Path, vision: str | Path) -> list[Path]:
-    return [Path(place) / "preprocessor_config.json" for place in (vision, path)]
-
-
-def _check_room(path: Path, device: torch.device, weights: str) -> None:
-    """Refuse what memory certainly does not hold, before the machine is brought to its knees."""
-    with torch.device("meta"):
-        decoder = Decoder(weights_config(path), seed=None)
-    count = sum(parameter.numel() for parameter in decoder.parameters())
-    need = count * DTYPES[weights].itemsize
-    free = _free(device)
-    if free is not None and need > free:
-        hint = "give --weights bfloat16, or " if weights == "float32" else ""
-        raise UnimodalError(
-            f"{path} takes {need / 1e9:.0f} GB as {weights}, {free / 1e9:.0f} GB of memory are "
-            f"free on {device}: {hint}choose a larger machine"
-        )
-
-
-def _free(device: torch.device) -> int | None:
-    """Bytes that can be had, None where this is not told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line), None)
+        bounds = {
+            key: record.get(key, getattr(Manner, key)) for key in ("min_pixels", "max_pixels")
+        }
+        if not all(isinstance(value, int) for value in bounds.values()) or not (
+            SPATIAL**2 <= bounds["min_pixels"] <= bounds["max_pixels"]
+        ):
+            raise UnimodalError(f"{file}: {bounds} are no bounds of an area: copy it again")
+        break
+    least, most = bounds.get("min_pixels", 1 << 18), bounds.get("max_pixels", 1 << 20)
+    if nested:  # its template has no period, and its processor takes pictures of any shape
+        return Manner(least, most, max_aspect=200.0, after=" ASSISTANT:")
+    return Manner(least, most)

@@ -12,7 +12,6 @@ only: one file, or shards with an index.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -116,7 +115,7 @@ def read_weights(decoder: Decoder, directory: Path) -> None:
                 for stored in weights.keys():  # noqa: SIM118, it is no dictionary
                     if _NOT_OURS.search(stored):
                         continue
-                    name = _own_name(stored)
+                    name = _NESTED.sub(lambda found: found[1] or "", stored)
                     shape = list(weights.get_slice(stored).get_shape())
                     if name not in own or list(own[name].shape) != shape:
                         want = list(own[name].shape) if name in own else "no such tensor"
@@ -133,35 +132,6 @@ def read_weights(decoder: Decoder, directory: Path) -> None:
         raise UnimodalError(
             f"{directory} lacks {len(missing)} tensors, first {missing[0]}: copy it again"
         )
-
-
-def _own_name(stored: str) -> str:
-    return _NESTED.sub(lambda found: found[1] or "", stored)
-
-
-def weights_digest(directory: Path) -> str:
-    """SHA-256 over name, shape, dtype and beginning of each of a decoder's tensors, 64 hex digits.
-
-    A fingerprint that takes a second however large the decoder is: of a matrix the first row is
-    read, of a norm all. Free of the naming, and of how the tensors are spread over files.
-    """
-    digests: dict[str, bytes] = {}
-    for file in _files(directory):
-        try:
-            with safe_open(file, "pt") as weights:
-                for stored in weights.keys():  # noqa: SIM118, it is no dictionary
-                    if _NOT_OURS.search(stored):
-                        continue
-                    name = _own_name(stored)
-                    part = weights.get_slice(stored)
-                    shape = list(part.get_shape())
-                    first = part[:1] if len(shape) > 1 else part[:]
-                    about = f"{name} {shape} {first.dtype}".encode()
-                    values = first.contiguous().view(torch.uint8).numpy().tobytes()
-                    digests[name] = hashlib.sha256(about + values).digest()
-        except (OSError, SafetensorError) as error:
-            raise UnimodalError(f"{file} cannot be read ({error}): copy it again") from error
-    return hashlib.sha256(b"".join(digest for _, digest in sorted(digests.items()))).hexdigest()
 
 
 def _files(directory: Path) -> list[Path]:

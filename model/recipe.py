@@ -112,6 +112,8 @@ class SamplingSettings(Settings):
     """Only the so many likeliest text ids."""
     text_top_p: float = Field(default=1.0, gt=0, le=1)
     """Only the likeliest text ids that together have this probability."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Of a description, an answer or a text."""
 
 
 class TrainSettings(Settings):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from unimodal.tokenize.document import (
     serialize,
 )
 from unimodal.tokenize.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from unimodal.model.emu3 import Manner
 
 SPATIAL = 8
 """Pixels per code along a side."""
@@ -115,6 +118,7 @@ class Sampler:
         joint: bool = False,
         backend: Backend | None = None,
         source: Path | None = None,
+        manner: Manner | None = None,
     ) -> None:
         """`grids`: what the decoder was trained on, the most frequent first (`data.json`).
         `defaults`: how it draws where a call does not say (`[sampling]` of `config.toml`).
@@ -122,6 +126,7 @@ class Sampler:
         `joint`: whether the codes of a clip were made jointly.
         `backend`: what writes; by default `decoder` itself, of which else only the shape is used.
         `source`: the directory of its weights.
+        `manner`: how Emu3's own checkpoints want pictures scaled and questions put; None: as ours.
 
         Raises `UnimodalError` if the parts are not made for one another.
         """
@@ -144,6 +149,7 @@ class Sampler:
         self.joint = joint
         self.backend: Backend = backend or TorchBackend(decoder, batch)
         self.source = source
+        self.manner = manner
 
     @classmethod
     def load(
@@ -164,18 +170,40 @@ class Sampler:
         through `torch.compile`; `backend` is torch or vllm; `tokenizer` is the directory of the
         vision tokenizer where the checkpoint has none.
         """
+        from unimodal.model import emu3
+
         path = Path(checkpoint)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if backend not in ("torch", "vllm"):
             raise UsageError(f"backend {backend}: torch or vllm")
         top, step = find(path)
+        parts = emu3.load(path, device, tokenizer) if emu3.is_emu3(path) else None
         if backend == "vllm":
             with torch.device("meta"):  # for its shape
                 decoder = Decoder(weights_config(path), seed=None)
         else:
-            decoder = load_decoder(step, device)
-        return cls.for_checkpoint(top, decoder, batch, step)
+            large = parts is not None and weights is None and device != "cpu"
+            dtype = torch.bfloat16 if large or weights in ("bfloat16", "int8") else torch.float32
+            if parts is not None:
+                emu3.check_room(path, device, dtype)
+            decoder = load_decoder(step, device, dtype)
+            if device != "cpu":
+                decoder.compute = dtype
+        if parts is None:
+            if tokenizer is not None:
+                raise UsageError(f"{path} has a vision tokenizer of its own: leave out {tokenizer}")
+            return cls.for_checkpoint(top, decoder, batch, step)
+        return cls(
+            decoder,
+            parts.vocabulary,
+            parts.tokenizer,
+            parts.grids,
+            parts.defaults,
+            batch,
+            source=step,
+            manner=parts.manner,
+        )
 
     @classmethod
     def for_checkpoint(
@@ -407,7 +435,7 @@ class Sampler:
     def describe(
         self,
         images: Sequence[np.ndarray],
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
         fps: float | None = None,
         **how: Unpack[Words],
     ) -> list[str]:
@@ -430,7 +458,7 @@ class Sampler:
         self,
         media: Sequence[Sequence[np.ndarray]],
         questions: Sequence[str | Sequence[str]],
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
         fps: float | None = None,
         **how: Unpack[Words],
     ) -> list[str]:
@@ -447,6 +475,10 @@ class Sampler:
             turns = [asked] if isinstance(asked, str) else list(asked)
             if len(turns) % 2 == 0:
                 raise UsageError("a conversation must end with a question")
+            if self.manner is not None:
+                blocks = [self._ids([self._segment(one, fps)]) for one in shown]
+                contexts.append(self.manner.prompt(self.vocabulary, blocks, turns))
+                continue
             pieces = [Piece(self._segment(one, fps), "user") for one in shown]
             for place, turn in enumerate([*turns, ""]):
                 pieces.append(Piece(Text(turn), ("user", "assistant")[place % 2]))
@@ -458,7 +490,7 @@ class Sampler:
     def write(
         self,
         prompts: Sequence[str],
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
         **how: Unpack[Words],
     ) -> list[str]:
         """How each text goes on, up to EOS, `max_tokens` or the end of the context."""
@@ -522,11 +554,12 @@ class Sampler:
         self,
         contexts: Sequence[list[int]],
         what: str,
-        max_tokens: int,
+        max_tokens: int | None,
         how: Words,
     ) -> list[str]:
         """Text behind each context; `what` an error calls one."""
         _known(how, Words)
+        max_tokens = _or(max_tokens, self.defaults.max_tokens)
         if max_tokens < 1:
             raise UsageError(f"max-tokens {max_tokens} must be at least 1")
         own = self.defaults
@@ -663,16 +696,21 @@ class Sampler:
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes [H, W] of a picture, or [T, H, W] of a clip, scaled as in training."""
+        from unimodal.tokenize.unit import exact_arithmetic
         from unimodal.tokenize.vision.pixels import area_size, resize, to_pixels
 
         if pixels.ndim not in (3, 4) or pixels.shape[-1] != 3 or not pixels.size:
             raise UsageError(f"a picture is [H, W, 3] and a clip [F, H, W, 3], not {pixels.shape}")
         kind = "image" if pixels.ndim == 3 else "video"
-        _, height, width = self.grid(None, kind)
         clip = pixels[None] if pixels.ndim == 3 else _whole_groups(pixels)
-        sides = area_size(clip.shape[1], clip.shape[2], height * width * SPATIAL**2)
+        if self.manner is not None:
+            sides = self.manner.size(clip.shape[1], clip.shape[2])
+        else:
+            _, height, width = self.grid(None, kind)
+            sides = area_size(clip.shape[1], clip.shape[2], height * width * SPATIAL**2)
         scaled = np.stack([resize(frame, sides) for frame in clip])
-        codes = self.tokenizer.encode(to_pixels(scaled)[None], self.joint)[0].cpu().numpy()
+        with exact_arithmetic():
+            codes = self.tokenizer.encode(to_pixels(scaled)[None], self.joint)[0].cpu().numpy()
         return codes[0] if kind == "image" else codes
 
     def fps(self, fps: float | None) -> float:

@@ -1,9 +1,10 @@
-"""`unimodal sample`: a checkpoint and a prompt in; pictures, clips or descriptions out."""
+"""`unimodal sample`: a checkpoint and a prompt in; pictures, clips, words or documents out."""
 
 from __future__ import annotations
 
 import json as jsonlib
-import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,200 +13,214 @@ import typer
 from unimodal.cli import options
 
 if TYPE_CHECKING:
-    import numpy as np
+    from unimodal.cli.drawing import Output
+
+ASKED, LOOKS, CHANCE = "What is asked", "What comes", "How it is chosen"
 
 
 def sample(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint of unimodal train, or '-'.")],
-    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of results.")] = Path(
-        "samples"
-    ),
+    checkpoint: Annotated[
+        str, typer.Argument(help="Checkpoint of unimodal train, a directory of Emu3, or '-'.")
+    ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT…", help="What to draw, or to do to --edit; FILES of --describe, --ask."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Directory of results (default: samples; words: none)."),
+    ] = None,
     describe: Annotated[
-        list[Path] | None, typer.Option("--describe", help="Describe this image or video instead.")
+        list[str] | None,
+        typer.Option(
+            "--describe",
+            metavar="FILE",
+            help="Describe pictures or videos, or samples of shards: SHARDS#KEY.",
+            rich_help_panel=ASKED,
+        ),
+    ] = None,
+    ask: Annotated[
+        str | None,
+        typer.Option(
+            "--ask",
+            metavar="TEXT",
+            help="A question about FILES: --ask TEXT FILE.",
+            rich_help_panel=ASKED,
+        ),
+    ] = None,
+    extend: Annotated[
+        str | None,
+        typer.Option(
+            "--continue",
+            metavar="FILE",
+            help="Go on with a clip for --frames more.",
+            rich_help_panel=ASKED,
+        ),
+    ] = None,
+    edit: Annotated[
+        str | None,
+        typer.Option(
+            "--edit",
+            metavar="FILE",
+            help='Change a picture as told: --edit FILE "make it red".',
+            rich_help_panel=ASKED,
+        ),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Many at once: txt, jsonl, csv, parquet, or '-'; a document of words and "
+            "pictures: json.",
+            rich_help_panel=ASKED,
+        ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", help="Pixels (default: as trained).", metavar="HxW")
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="HxW|free",
+            help="Pixels (default: as trained); free: as the model writes it.",
+            rich_help_panel=LOOKS,
+        ),
     ] = None,
-    number: Annotated[int, typer.Option("-n", help="Pictures for each prompt.", min=1)] = 1,
+    ratio: Annotated[
+        str | None,
+        typer.Option(
+            "--ratio", metavar="W:H", help="Width to height, of --area.", rich_help_panel=LOOKS
+        ),
+    ] = None,
+    area: Annotated[
+        int | None,
+        typer.Option(
+            "--area",
+            metavar="PIXELS",
+            help="Of a picture (default: as trained).",
+            rich_help_panel=LOOKS,
+        ),
+    ] = None,
     frames: Annotated[
-        int | None, typer.Option("--frames", help="Make a clip of so many frames.", min=1)
+        int | None,
+        typer.Option("--frames", help="A clip of so many, by fours.", rich_help_panel=LOOKS),
     ] = None,
-    fps: Annotated[float | None, typer.Option("--fps", help="Frames a second of a clip.")] = None,
-    form: Annotated[str, typer.Option("--format", help="Of a clip: mp4 or gif.")] = "mp4",
+    number: Annotated[
+        int | None, typer.Option("-n", help="Copies of each.", rich_help_panel=LOOKS)
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="png, webp; of a clip mp4, gif, webp; text: words that follow the prompt.",
+            rich_help_panel=LOOKS,
+        ),
+    ] = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Classifier-free guidance; 1 is none.")
+        float | None,
+        typer.Option(
+            "--guidance", help="Classifier-free guidance; 1 is none.", rich_help_panel=CHANCE
+        ),
     ] = None,
-    negative: Annotated[str, typer.Option("--negative", help="What to lead away from.")] = "",
-    temperature: Annotated[float | None, typer.Option("--temperature")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p")] = None,
-    seed: options.Seed = 0,
+    negative: Annotated[
+        str | None,
+        typer.Option("--negative", help="What to lead away from.", rich_help_panel=CHANCE),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", help="Below 1 is bolder.", rich_help_panel=CHANCE),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", help="Only so many likeliest.", rich_help_panel=CHANCE),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", help="Only the likeliest of this share.", rich_help_panel=CHANCE),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of every random choice.", rich_help_panel=CHANCE)
+    ] = None,
+    sets: options.Sets = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Pictures and words are seen as they grow.")
+    ] = False,
+    backend: Annotated[str, typer.Option("--backend", help="torch or vllm.")] = "torch",
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Draw a picture or a short clip of each prompt, or describe a picture in words.
+    """Draw pictures and clips, go on with clips, edit, describe, answer, write.
 
-    The same seed gives the same pictures. Paths are printed as the files are written;
-    descriptions are printed as they are.
+    The same seed gives the same pictures, whatever else is drawn with them. Paths are printed as
+    files are written, words as they are; results.jsonl in -o has a line for each. The same
+    command again makes only what is missing. --set knows more: fps, image_guidance, max_tokens,
+    overlap, images, plausible, text.*, load.weights, load.tokenizer, load.batch, load.compile.
     """
-    from unimodal.cli import console
-    from unimodal.model.sample import Sampler, contact_sheet
-    from unimodal.pipeline.errors import UsageError
+    from unimodal.cli import console, drawing
+    from unimodal.cli.live import Show
+    from unimodal.cli.outputs import Folder
+    from unimodal.cli.prompts import requests
+    from unimodal.model.checkpoint import find
+    from unimodal.model.sample import Sampler
+    from unimodal.pipeline.errors import UnimodalError, UsageError
     from unimodal.tokenize.device import usable
 
-    pixels = _size(size)
-    if form not in ("mp4", "gif"):
-        raise UsageError(f"format {form}: mp4 or gif")
-    if bool(prompts) == bool(describe):
-        raise UsageError("give prompts to draw, or --describe FILE, one of the two")
-    if describe and (size or frames or negative or guidance is not None or number != 1):
-        raise UsageError("--describe takes no --size, --frames, --negative, --guidance or -n")
-    source = console.from_stdin(checkpoint)
-    given = [_media(path) for path in describe or []]
-    sampler = Sampler.load(source, usable(device))
-    progress = console.progress(quiet)
-    if describe:
-        writing: dict[str, Any] = {"temperature": temperature, "seed": seed, "progress": progress}
-        writing |= {k: v for k, v in (("top_k", top_k), ("top_p", top_p)) if v is not None}
-        for path, (shown, rate) in zip(describe, given, strict=True):
-            text = sampler.describe([shown], fps=rate, **writing)[0]
-            print(jsonlib.dumps({"path": str(path), "text": text}) if json else text)
-        return
-    drawing: dict[str, Any] = {
-        "size": pixels,
-        "n": number,
-        "guidance": guidance,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-        "negative": negative,
-        "progress": progress,
+    flags = {
+        **{"describe": describe, "ask": ask, "continue": extend, "edit": edit},
+        **{"size": size, "ratio": ratio, "area": area, "frames": frames, "n": number},
+        **{"format": form, "guidance": guidance, "negative": negative, "seed": seed},
+        **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
     }
-    asked = prompts or []
-    if frames is not None:
-        made = sampler.videos(asked, frames=frames, fps=fps, **drawing)
-        rate = fps or next((g["fps"] for g in sampler.grids if g["kind"] == "video"), 8.0)
-    else:
-        made, rate = sampler.images(asked, **drawing), None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}; name another -o") from error
-    about = {k: v for k, v in drawing.items() if k != "progress" and v is not None}
-    about |= {"checkpoint": str(source)}
-    for place, (prompt, group) in enumerate(zip(asked, made, strict=True)):
-        for copy, drawn in enumerate(group):
-            name = f"{place:03d}-{_slug(prompt)}-s{seed}-{copy}"
-            path = _write(out, name, drawn, rate, form, {"prompt": prompt, "copy": copy, **about})
-            print(jsonlib.dumps({"path": str(path), "prompt": prompt}) if json else path)
-    flat = [drawn for group in made for drawn in group]
-    if len(flat) > 1 and rate is None:
-        sheet = contact_sheet(flat, number if number > 1 else 8)
-        path = _write(out, f"sheet-s{seed}", sheet, None, form, {"prompts": asked, **about})
-        print(jsonlib.dumps({"path": str(path), "prompts": asked}) if json else path)
+    if backend not in ("torch", "vllm"):
+        raise UsageError(f"backend {backend}: torch or vllm")
+    if checkpoint == "-" and file == "-":
+        raise UsageError("checkpoint and prompts cannot both come from stdin: name one of them")
+    items, bad, load = requests(prompts or [], flags, sets or [], file)
+    if file is None:
+        drawing.check_inputs(items)
+    source = Path(console.from_stdin(checkpoint))
+    where = usable(device)
+    find(source)
+    words = all(item.request.writes_text for item in items)
+    folder = Folder(out or Path("samples")) if out or not words else None
+    for one in bad:
+        print(f"{one.where}: {one.reason}", file=sys.stderr)
+    told: dict[str, Any] = {"weights": load.weights, "compile": load.compile, "backend": backend}
+    sampler = Sampler.load(source, where, load.batch, tokenizer=load.tokenizer, **told)
+    voice = None
+    if stream and words:
+        voice = sys.stdout if sys.stdout.isatty() and not json else sys.stderr
 
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    from unimodal.pipeline.errors import UsageError
-
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise UsageError(f"size {text}: write height x width in pixels, for example 256x256")
-    return int(match[1]), int(match[2])
-
-
-def _media(path: Path) -> tuple[np.ndarray, float | None]:
-    """A picture uint8 [H, W, 3], or up to five seconds of a video [T, H, W, 3] and their rate."""
-    import numpy as np
-
-    from unimodal.pipeline.errors import MediaError
-    from unimodal.pipeline.media import iter_frames, probe, read_image
-
-    if not path.is_file():
-        raise MediaError("no such file; give an image or a video to describe", path)
-    found = probe(path)
-    if found.kind == "image":
-        return read_image(path), None
-    rate = found.fps or 25.0
-    step = max(1, round(rate / 8))  # about eight pictures a second, as tokenizing takes by default
-    kept: list[np.ndarray] = []
-    for index, (_, pixels) in enumerate(iter_frames(path)):
-        if index % step == 0:
-            kept.append(pixels)
-        if len(kept) == 40:
-            break
-    if len(kept) < 4:
-        raise MediaError("too short to describe: under four frames at 8 a second", path)
-    return np.stack(kept[: len(kept) // 4 * 4]), rate / step
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "empty"
-
-
-def _write(
-    out: Path,
-    name: str,
-    pixels: np.ndarray,
-    rate: float | None,
-    form: str,
-    about: dict[str, Any],
-) -> Path:
-    """Write a picture [H, W, 3] or a clip [T, H, W, 3] with its origin in the file."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    from unimodal.pipeline.files import atomic
-
-    text = jsonlib.dumps(about, ensure_ascii=False)
-    if rate is None:
-        info = PngInfo()
-        info.add_itxt("unimodal", text)
-        path = out / f"{name}.png"
-        with atomic(path) as temporary:
-            Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
-        return path
-    path = out / f"{name}.{form}"
-    with atomic(path) as temporary:
-        if form == "gif":
-            first, *rest = (Image.fromarray(frame) for frame in pixels)
-            first.save(
-                temporary,
-                format="GIF",
-                save_all=True,
-                append_images=rest,
-                duration=round(1000 / rate),
-                loop=0,
-                comment=text.encode(),
-            )
+    def report(output: Output, record: dict[str, Any]) -> None:
+        path = {} if folder is None else {"path": str(folder.out / output.name)}
+        if json:
+            print(jsonlib.dumps({**path, **record}), flush=True)
+        elif "text" in record:
+            print("" if voice is sys.stdout and record is not None else record["text"], flush=True)
         else:
-            _mp4(temporary, pixels, rate, text)
-    return path
+            print(path["path"], flush=True)
 
-
-def _mp4(path: Path, pixels: np.ndarray, rate: float, comment: str) -> None:
-    """H.264 (MPEG-4 part 2 where FFmpeg was built without it), sides made even by repetition."""
-    from fractions import Fraction
-
-    import av
-    import numpy as np
-
-    height, width = pixels.shape[1:3]
-    pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with av.open(str(path), "w", format="mp4") as container:
-        container.metadata["comment"] = comment
-        stream: Any = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1000))
-        stream.height, stream.width = pixels.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in pixels:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+    count = sum(item.request.n for item in items)
+    with Show(count, quiet, stream, folder.out if folder else None, voice) as show:
+        if (warned := drawing.warning(source, items)) is not None:
+            show.note(warned)
+        studio = drawing.Studio(
+            *(sampler, folder, show, report, {"backend": backend, "weights": load.weights}),
+            together=1 if voice else drawing.sequences(load.batch, backend),
+            alone=len(items) == 1 and file is None,
+        )
+        try:
+            studio.run(items)
+        except BaseException:
+            with suppress(OSError, UnimodalError):  # what is there is put in order
+                drawing.finish(studio, bad, file is not None, columns=0)
+            raise
+        columns = number if number and number > 1 else 8
+        sheet = drawing.finish(studio, bad, file is not None, columns)
+    if sheet:
+        print(jsonlib.dumps(sheet) if json else sheet["path"])
+    if code := drawing.conclude(studio, items, bad, file is not None):
+        raise typer.Exit(code)

@@ -9,11 +9,9 @@ The page is one file that makes no request; what it shows lies beside it as PNG 
 from __future__ import annotations
 
 import base64
-import difflib
 import io
 import math
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -254,7 +252,7 @@ def _stored(
 ) -> tuple[Figures, Html]:
     """A shard directory, or one sample of it."""
     shards = Shards.open(folder)
-    row = None if key is None else _find(shards, key)
+    row = None if key is None else shards.row(key)
     try:
         trained = _load(tokenizer or shards.vision_tokenizer_dir, device)
         made = shards.manifest["vision_tokenizer"]["digest"]
@@ -435,16 +433,6 @@ def _load(name: str | Path, device: str) -> VisionTokenizer:
     from unimodal.tokenize.vision.tokenizer import VisionTokenizer as Trained
 
     return Trained.load(name, device)
-
-
-def _find(shards: Shards, key: str) -> int:
-    """Row of the sample called `key`."""
-    keys = shards.index["key"].to_pylist()
-    at = bisect_left(keys, key)
-    if keys[at : at + 1] == [key]:
-        return at
-    near = difflib.get_close_matches(key, keys[max(0, at - 2000) : at + 2000], n=1, cutoff=0)
-    raise UnimodalError(f"no sample {key} in {shards.path}: the nearest is {near[0]}")
 
 
 def _clip(uri: str, seconds: float) -> Figures:

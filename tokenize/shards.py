@@ -15,6 +15,7 @@ unpickled, and no name inside a tar or an index becomes a path.
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import math
@@ -22,6 +23,7 @@ import os
 import re
 import shutil
 import tarfile
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -492,6 +494,17 @@ class Shards:
                 f"the shards in {self.path} have different columns ({error}): "
                 "delete it and run the same unimodal tokenize again"
             ) from error
+
+    def row(self, key: str) -> int:
+        """Row of the index of the sample called `key`; raises `UnimodalError` that names those
+        with the nearest names."""
+        keys = self.index["key"].to_pylist()
+        at = bisect_left(keys, key)
+        if keys[at : at + 1] == [key]:
+            return at
+        near = difflib.get_close_matches(key, keys[max(0, at - 2000) : at + 2000], n=3, cutoff=0)
+        more = f" (then {', '.join(near[1:])})" if near[1:] else ""
+        raise UnimodalError(f"no sample {key} in {self.path}: the nearest is {near[0]}{more}")
 
     def codes(self, row: int) -> np.ndarray:
         """Codes of one row of the index, of a sample with captions: uint16 or uint32 [T, H, W].

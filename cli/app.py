@@ -17,6 +17,7 @@ from unimodal.cli import (
     inspect,
     prefer,
     sample,
+    serve,
     stages,
     tokenize,
     train,
@@ -38,6 +39,7 @@ app.command("curate")(curate.curate)
 app.command("tokenize")(tokenize.tokenize)
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
+app.command("serve")(serve.serve)
 for stage in ("cut", "flow", "text", "score", "dedup", "decide", "caption", "report"):
     app.command(stage, rich_help_panel="Stages of curate")(getattr(stages, stage))
 app.command("prefer")(prefer.prefer)

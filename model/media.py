@@ -11,6 +11,7 @@ import io
 import json
 import tempfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def clip(pixels: np.ndarray, fps: float, form: str, about: Mapping[str, Any]) ->
     given: dict[str, Any] = {
         "save_all": True,
         "append_images": rest,
-        "duration": [max(1, b - a) for a, b in zip(edges, edges[1:], strict=False)],
+        "duration": [max(1, b - a) for a, b in pairwise(edges)],
         "loop": 0,
     }
     if form == "webp":

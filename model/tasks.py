@@ -1,0 +1,342 @@
+"""Requests become tasks: which method of the sampler, on what, and what is told of it.
+
+ImageAsked, EditAsked, VideoAsked, ExtendAsked, ChatAsked  ->  Task  ->  `unimodal.model.answers`
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from unimodal.model import media
+from unimodal.model.asked import (
+    ChatAsked,
+    EditAsked,
+    ExtendAsked,
+    ImageAsked,
+    Limits,
+    Refused,
+    VideoAsked,
+    conversation,
+    data_url,
+    refusal,
+    size_of,
+    within,
+)
+from unimodal.model.queue import Queue
+from unimodal.pipeline.errors import MediaError, UnimodalError
+from unimodal.tokenize.document import block_length
+from unimodal.tokenize.vision.pixels import area_size
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from unimodal.model.sample import Sampler
+
+SPATIAL, TEMPORAL = 8, 4  # pixels per code along a side, pictures per latent frame
+SILENT = {
+    *("model", "user", "stream", "progress", "partial_images", "response_format"),
+    *("background", "moderation", "quality", "output_format", "size", "n"),
+}
+"""Fields that a file does not tell of: they change nothing in it, or are told otherwise."""
+
+A = TypeVar("A", bound=BaseModel)
+
+
+@dataclass
+class Service:
+    """What the endpoints share."""
+
+    sampler: Sampler
+    limits: Limits
+    name: str
+    queue: Queue
+    began: int = field(default_factory=lambda: int(time.time()))
+
+    def seen(self, kind: str) -> dict[str, Any] | None:
+        """The grid of `kind` that training saw most."""
+        return next((g for g in self.sampler.grids if g["kind"] == kind), None)
+
+    @property
+    def fps(self) -> float:
+        return float((self.seen("video") or {}).get("fps") or 8.0)
+
+    def card(self) -> dict[str, Any]:
+        """The model as /v1/models tells of it; what is ours stands under `unimodal`."""
+        own = {
+            "can": abilities(self.sampler),
+            "sizes": self._sizes("image"),
+            "video_sizes": self._sizes("video"),
+            "frames": int(video["size"][0]) * TEMPORAL if (video := self.seen("video")) else None,
+            "fps": self.fps,
+            "context": self.sampler.decoder.config.context,
+            "defaults": self.sampler.defaults.model_dump(mode="json"),
+            "limits": self.limits.model_dump(mode="json"),
+            "checkpoint": getattr(self.sampler, "digest", None),
+        }
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.began,
+            "owned_by": "unimodal",
+            "unimodal": own,
+        }
+
+    def _sizes(self, kind: str) -> list[str]:
+        """Sizes that were trained on, width x height, the most frequent first."""
+        sizes = [g["size"] for g in self.sampler.grids if g["kind"] == kind]
+        named = [f"{w * SPATIAL}x{h * SPATIAL}" for _, h, w in sizes if h and w]
+        return list(dict.fromkeys(named))[:24]
+
+
+def abilities(sampler: Sampler) -> dict[str, bool]:
+    """What the checkpoint may have learned, by the kinds of media that it was trained on."""
+    kinds = {grid["kind"] for grid in sampler.grids}
+    still, moving = "image" in kinds, "video" in kinds
+    return {
+        "images": still,
+        "videos": moving,
+        "extend": moving,
+        "edit": still,
+        "describe": still or moving,
+        "ask": True,
+    }
+
+
+@dataclass
+class Task:
+    """A request on its way: how it is drawn, told of, and what it is drawn from."""
+
+    service: Service
+    method: str
+    items: dict[str, Any]
+    settings: dict[str, Any]
+    about: dict[str, Any]  # goes into every file
+    event: str = ""  # OpenAI's name of a stream's events
+    form: str = "png"
+    fps: float | None = None  # of a clip
+    shape: tuple[int, int, int] | None = None
+    n: int = 1
+    partial: int | None = None  # pictures in the making at most
+    progress: bool = False
+    seed: int = 0
+    input_tokens: int = 0
+
+
+def image_task(service: Service, asked: ImageAsked) -> Task:
+    task = _drawn(service, asked, "images", "image_generation")
+    size = size_of(asked.size, service.limits)
+    task.items |= {"prompts": asked.prompt}
+    task.settings |= {"size": size}
+    task.shape = _held(service, size, "image")
+    return task
+
+
+async def edit_task(service: Service, asked: EditAsked, files: Sequence[bytes]) -> Task:
+    task = _drawn(service, asked, "edit", "image_edit")
+    size = size_of(asked.size, service.limits)
+    if len(files) != 1:
+        raise Refused(f"one image is edited at a time, not {len(files)}", "image")
+    picture, fps = await _read(service, files[0], "image")
+    if fps is not None:
+        raise Refused("a still image is edited, not a video", "image")
+    task.items |= {"images": picture, "instructions": asked.prompt}
+    task.settings |= {"size": size, "image_guidance": asked.image_guidance}
+    _, height, width = _held(service, None, "image")
+    area = height * width * SPATIAL**2
+    rows, columns = size or area_size(picture.shape[0], picture.shape[1], area)
+    task.shape = (1, rows // SPATIAL, columns // SPATIAL)
+    return task
+
+
+def video_task(service: Service, asked: VideoAsked) -> Task:
+    task = _drawn(service, asked, "videos", "video_generation")
+    size = size_of(asked.size, service.limits)
+    task.fps = asked.fps or service.fps
+    task.items |= {"prompts": asked.prompt}
+    task.settings |= {"size": size, "frames": asked.frames, "fps": task.fps}
+    task.shape = _held(service, size, "video", asked.frames, task.fps)
+    return task
+
+
+async def extend_task(service: Service, asked: ExtendAsked, files: Sequence[bytes]) -> Task:
+    task = _drawn(service, asked, "extend", "video_generation")
+    if asked.size != "auto":
+        raise Refused("a clip keeps its size", "size")
+    if len(files) != 1:
+        raise Refused(f"one video is continued at a time, not {len(files)}", "video")
+    given, task.fps = await _read(service, files[0], "video")
+    if task.fps is None:
+        raise Refused("a video is continued, not a still image", "video")
+    frames = asked.frames or int((service.seen("video") or {"size": [2]})["size"][0]) * TEMPORAL
+    task.items |= {"clips": given, "prompts": asked.prompt}
+    task.settings |= {"frames": frames, "fps": task.fps}
+    task.shape = (frames // TEMPORAL, given.shape[1] // SPATIAL, given.shape[2] // SPATIAL)
+    return task
+
+
+def _drawn(service: Service, asked: Any, method: str, event: str) -> Task:
+    """A task with what all drawing has in common; raises `Refused`."""
+    check_name(service, asked.model)
+    ability = {"images": "images", "edit": "edit", "videos": "videos", "extend": "extend"}[method]
+    _able(service, ability)
+    within(service.limits, asked)
+    seed = secrets.randbits(31) if asked.seed is None else asked.seed
+    keys = ("temperature", "top_k", "top_p")
+    settings = {key: getattr(asked, key) for key in keys if getattr(asked, key) is not None}
+    settings |= {"n": asked.n}
+    guidance = asked.guidance or service.sampler.defaults.guidance
+    items = {"seed": seed, "guidance": guidance, "negative": asked.negative}
+    told = asked.model_dump(exclude_none=True, exclude=SILENT)
+    about = {"prompt": asked.prompt, "guidance": guidance} | told
+    about |= {"seed": seed, "model": service.name}
+    if digest := getattr(service.sampler, "digest", None):
+        about["checkpoint"] = digest
+    tokens = len(service.sampler.vocabulary.text.encode(asked.prompt))
+    return Task(
+        service,
+        method,
+        items,
+        settings,
+        about,
+        event,
+        asked.output_format,
+        n=asked.n,
+        partial=asked.partial_images,
+        progress=asked.progress,
+        seed=seed,
+        input_tokens=tokens,
+    )
+
+
+def check_name(service: Service, model: str | None) -> None:
+    if model is not None and model != service.name:
+        raise Refused(
+            f"the model {model[:80]!r} is not served here: it is called {service.name!r}",
+            "model",
+            404,
+            code="model_not_found",
+        )
+
+
+def _able(service: Service, ability: str) -> None:
+    if not abilities(service.sampler)[ability]:
+        doing = {"images": "draw pictures", "videos": "draw videos", "extend": "continue videos"}
+        what = doing.get(ability, f"{ability} pictures")
+        raise Refused(f"this checkpoint was not trained to {what}", code="not_supported")
+
+
+def _held(
+    service: Service,
+    size: tuple[int, int] | None,
+    kind: str,
+    frames: int | None = None,
+    fps: float | None = None,
+) -> tuple[int, int, int]:
+    """(T, H, W) in codes of what is asked for; raises `Refused` if the context cannot hold it."""
+    sampler = service.sampler
+    try:
+        latent, height, width = sampler.grid(size, kind)
+        latent = latent if frames is None else frames // TEMPORAL
+        moving = (latent, fps) if kind == "video" else ()
+        block = block_length(sampler.vocabulary, height, width, *moving)
+    except UnimodalError as error:
+        raise Refused(str(error), "size") from error
+    shown = f"{width * SPATIAL}x{height * SPATIAL} pixels"
+    if kind == "video":
+        shown = f"{latent * TEMPORAL} frames of {shown}"
+    if 1 + block > (held := sampler.decoder.config.context):
+        raise Refused(
+            f"{shown} take {block:,} tokens, the context of this checkpoint holds {held:,}: "
+            "ask for a smaller size",
+            "size" if frames is None else "frames",
+        )
+    return latent if kind == "video" else 1, height, width
+
+
+async def _read(service: Service, data: bytes, param: str) -> tuple[np.ndarray, float | None]:
+    """A picture or clip that was sent, and the rate of a clip; raises `Refused`."""
+    from fastapi.concurrency import run_in_threadpool
+
+    grid = (service.seen("video") or service.seen("image") or {"size": [1, 32, 32]})["size"]
+    area = int(grid[1]) * int(grid[2]) * SPATIAL**2
+    try:
+        return await run_in_threadpool(media.read, data, service.limits.decoded, area, service.fps)
+    except MediaError as error:
+        reason = error.reason.replace("not a video that", "neither a picture nor a video that")
+        raise Refused(f"{param}: {reason}", param) from error
+
+
+async def form_of(
+    request: Request, asked: type[A], field: str, limits: Limits
+) -> tuple[A, list[bytes]]:
+    """Fields and files of a multipart body; raises `Refused`."""
+    from starlette.datastructures import UploadFile
+
+    kind = request.headers.get("content-type", "")
+    if not kind.startswith("multipart/form-data"):
+        raise Refused("send a multipart/form-data body", status=415)
+    async with request.form(max_files=limits.media, max_fields=64) as form:
+        files: list[bytes] = []
+        values: dict[str, Any] = {}
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name not in (field, f"{field}[]"):
+                    raise Refused(f"a file {name[:40]} is not taken here: only {field}", name[:40])
+                files.append(await value.read())
+            else:
+                values[name] = value
+    if not files:
+        raise Refused(f"{field} is missing: send it as a file", field)
+    try:
+        return asked.model_validate(values), files
+    except ValidationError as error:
+        raise refusal(error.errors()) from error
+
+
+async def chat_task(service: Service, asked: ChatAsked) -> Task:
+    """One picture and no word: a description; else an answer. Raises `Refused`."""
+    check_name(service, asked.model)
+    limits = service.limits
+    limit = asked.max_completion_tokens or asked.max_tokens or min(256, limits.tokens)
+    if limit > limits.tokens:
+        raise Refused(f"max_tokens {limit} is over the limit of {limits.tokens}", "max_tokens")
+    turns, urls = conversation(asked.messages, limits)
+    seen = [await _read(service, data_url(url), "messages") for url in urls]
+    settings: dict[str, Any] = {"max_tokens": limit, "temperature": asked.temperature or None}
+    settings |= {k: v for k in ("top_k", "top_p") if (v := getattr(asked, k)) is not None}
+    items: dict[str, Any] = {"seed": asked.seed or 0}
+    if len(seen) == 1 and turns == [""]:
+        _able(service, "describe")
+        task = Task(service, "describe", items | {"images": seen[0][0]}, settings, {})
+    else:
+        _able(service, "ask")
+        items |= {"media": [one for one, _ in seen], "questions": turns}
+        task = Task(service, "ask", items, settings, {})
+    rates = [fps for _, fps in seen if fps is not None]
+    if rates:
+        task.settings["fps"] = rates[0]
+    task.input_tokens = _asked_tokens(service, turns, [one for one, _ in seen])
+    task.progress = asked.progress
+    return task
+
+
+def _asked_tokens(service: Service, turns: Sequence[str], shown: Sequence[np.ndarray]) -> int:
+    """Tokens of texts and media, without the chat's template."""
+    vocabulary = service.sampler.vocabulary
+    count = sum(len(vocabulary.text.encode(turn)) for turn in turns)
+    for pixels in shown:
+        moving = pixels.ndim == 4
+        _, height, width = service.sampler.grid(None, "video" if moving else "image")
+        area = height * width * SPATIAL**2
+        rows, columns = area_size(pixels.shape[-3], pixels.shape[-2], area)
+        sides = rows // SPATIAL, columns // SPATIAL
+        span = (len(pixels) // TEMPORAL, service.fps) if moving else ()
+        count += block_length(vocabulary, *sides, *span)
+    return count

@@ -193,17 +193,23 @@ class Sampler:
         if parts is None:
             if tokenizer is not None:
                 raise UsageError(f"{path} has a vision tokenizer of its own: leave out {tokenizer}")
-            return cls.for_checkpoint(top, decoder, batch, step)
-        return cls(
-            decoder,
-            parts.vocabulary,
-            parts.tokenizer,
-            parts.grids,
-            parts.defaults,
-            batch,
-            source=step,
-            manner=parts.manner,
-        )
+            made = cls.for_checkpoint(top, decoder, batch, step)
+        else:
+            made = cls(
+                decoder,
+                parts.vocabulary,
+                parts.tokenizer,
+                parts.grids,
+                parts.defaults,
+                batch,
+                source=step,
+                manner=parts.manner,
+            )
+        if backend == "vllm":
+            from unimodal.model.vllm import VllmBackend
+
+            made.backend = VllmBackend.load(path, made.vocabulary, weights)
+        return made
 
     @classmethod
     def for_checkpoint(

@@ -198,7 +198,9 @@ class Studio:
         direction = asked.direction
         given = [self._read(path, item) for path in asked.files]
         pieces: list[str | Given] = []
-        told: dict[str, Any] = {**self.made_by, "direction": direction, "prompt": asked.prompt}
+        told: dict[str, Any] = {**self.made_by, "direction": direction}
+        if asked.prompt or not (asked.files or asked.document):
+            told["prompt"] = asked.prompt
         if asked.document is not None:
             listed, told["document"] = read_document(asked.document, item.base)
             for kind, value in listed:
@@ -434,7 +436,7 @@ def finish(
     shown = [record for _, record in sorted(studio.records.items()) if record.get("pixels")]
     if len(shown) < 2 or not columns:
         return None
-    told = {**studio.made_by, "prompts": [record["prompt"] for record in shown]}
+    told = {**studio.made_by, "prompts": [record.get("prompt", "") for record in shown]}
     names = [record["file"] for record in shown]
     path = folder.sheet(names, int(shown[0]["seed"]), columns, told)
     return {"path": str(path), **told}

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from unimodal.model.blocks import prepare
@@ -47,7 +48,7 @@ from unimodal.model.optim import optimizers
 from unimodal.model.parallel import Mesh, joined
 from unimodal.model.plan import flops_per_token, peak
 from unimodal.model.recipe import TrainSettings, check_resumed, learning_rate
-from unimodal.model.samples import draw, hashed
+from unimodal.model.samples import TASKS, draw, hashed
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
@@ -460,13 +461,15 @@ def _check_learned(samples: Samples, data: DataSettings) -> None:
 
 def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:
     """What a checkpoint must remember of its data."""
+    counts = np.bincount(samples.tasks[samples.rows["train"]], minlength=len(TASKS)).tolist()
+    tasks = {name: count for name, count in zip(TASKS, counts, strict=True) if count}
     return {
         "vision_tokenizer": coding(opened[0].manifest),
         "vocabulary": dict(opened[0].manifest["vocabulary"]),
         "samples": {split: len(rows) for split, rows in samples.rows.items()},
         "shards": samples.digests(),
         "grids": samples.grids(),
-    }
+    } | ({"tasks": tasks} if tasks.keys() - {"caption"} else {})
 
 
 def _introduction(

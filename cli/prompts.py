@@ -66,6 +66,8 @@ class LoadSettings(Settings):
     """float32, bfloat16 or int8 (weights alone); default: what the device is best at."""
     tokenizer: str | None = None
     """Vision tokenizer, of a released checkpoint that comes without."""
+    kind: str | None = Field(default=None, pattern="^(gen|stage1|chat)$")
+    """What a released checkpoint is, where its files and name do not tell."""
     batch: int = Field(default=32, ge=1)
     """Sequences that are drawn at once."""
     compile: bool = False

@@ -157,7 +157,8 @@ def sample(
     The same seed gives the same pictures, whatever else is drawn with them. Paths are printed as
     files are written, words as they are; results.jsonl in -o has a line for each. The same
     command again makes only what is missing. --set knows more: fps, image_guidance, max_tokens,
-    overlap, images, plausible, text.*, load.weights, load.tokenizer, load.batch, load.compile.
+    overlap, images, plausible, text.*, load.weights, load.tokenizer, load.kind,
+    load.batch, load.compile.
     """
     from unimodal.cli import console, drawing
     from unimodal.cli.live import Show
@@ -189,7 +190,8 @@ def sample(
     for one in bad:
         print(f"{one.where}: {one.reason}", file=sys.stderr)
     told: dict[str, Any] = {"weights": load.weights, "compile": load.compile, "backend": backend}
-    sampler = Sampler.load(source, where, load.batch, tokenizer=load.tokenizer, **told)
+    told |= {"tokenizer": load.tokenizer, "kind": load.kind}
+    sampler = Sampler.load(source, where, load.batch, **told)
     voice = None
     if stream and words:
         voice = sys.stdout if sys.stdout.isatty() and not json else sys.stderr

@@ -175,7 +175,7 @@ def load(
         raise UnimodalError(
             f"{vision} has {seeing.codebook_size} codes, {path} was trained with "
             f"{vocabulary.codebook_size}: give the vision tokenizer that belongs to it "
-            f"(BAAI/{VISION}, with --tokenizer DIR)"
+            f"(BAAI/{VISION}, with --set load.tokenizer=DIR)"
         )
     nested = "vq_config" in record
     side = max(1, round(math.sqrt(_area(record, kind)) / SPATIAL))
@@ -199,7 +199,7 @@ def check_room(path: Path, device: str | torch.device, dtype: torch.dtype) -> No
     need = sum(parameter.numel() for parameter in decoder.parameters()) * dtype.itemsize
     free = _free(torch.device(device))
     if free is not None and need > free:
-        hint = "give --weights bfloat16, or " if dtype == torch.float32 else ""
+        hint = "give --set load.weights=bfloat16, or " if dtype == torch.float32 else ""
         raise UnimodalError(
             f"{path} takes {need / 1e9:.0f} GB as {str(dtype).removeprefix('torch.')}, "
             f"{free / 1e9:.0f} GB of memory are free on {device}: {hint}choose a larger machine"
@@ -364,7 +364,7 @@ def _vision(
     if given is None and not found:
         problems.append(
             f"has no vision tokenizer: download BAAI/{VISION} to {beside}, or name its directory "
-            "with --tokenizer DIR"
+            "with --set load.tokenizer=DIR"
         )
     if problems:
         raise UnimodalError(f"{path} {'; it '.join(problems)}")

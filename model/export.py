@@ -52,7 +52,7 @@ def export_model(
 
     `naming` is one of `naming.NAMINGS`, `dtype` float32 or bfloat16 (of the decoder's tensors
     alone: a vision tokenizer that is rounded gives other codes). Returns what was written. Needs
-    memory for the decoder in float32. Raises `UsageError` for a naming that cannot say this
+    memory for the decoder in `dtype`. Raises `UsageError` for a naming that cannot say this
     decoder, or an `out` that holds something.
     """
     top, step = find(checkpoint)
@@ -60,7 +60,7 @@ def export_model(
         raise UsageError(f"dtype {dtype}: give one of {', '.join(DTYPES)}")
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty: choose another directory")
-    decoder = load_decoder(step)
+    decoder = load_decoder(step, dtype=getattr(torch, dtype))
     kept = [name for name in KEPT if (top / name).exists()]
     vocabulary = Vocabulary.load(top / "vocabulary") if "vocabulary" in kept else None
     record = config_record(decoder.config, naming, dtype, vocabulary)

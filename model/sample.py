@@ -190,8 +190,7 @@ class Sampler:
             if parts is not None:
                 emu3.check_room(path, device, dtype)
             decoder = load_decoder(step, device, dtype)
-            if device != "cpu":
-                decoder.compute = dtype
+            decoder.compute = dtype  # in another one, steps would hold the matrices twice
         if parts is None:
             if tokenizer is not None or kind is not None:
                 what = "kind" if tokenizer is None else "tokenizer"

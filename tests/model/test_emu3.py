@@ -618,11 +618,14 @@ def test_the_vision_tokenizer_is_found_inside_beside_or_where_it_is_said(
 def test_weights_are_read_once_in_the_dtype_that_is_wanted(
     released: Callable[[str], Path], models: Any
 ) -> None:
-    decoder = Sampler.load(released("Emu3-Gen"), device="cpu", weights="bfloat16").decoder
+    sampler = Sampler.load(released("Emu3-Gen"), device="cpu", weights="bfloat16")
+    decoder = sampler.decoder
+    assert decoder.compute == torch.bfloat16
     state = models[0].state_dict()
     for name, tensor in decoder.state_dict().items():
         kept = state[name].bfloat16() if tensor.dim() > 1 else state[name]
         assert tensor.dtype == kept.dtype and torch.equal(tensor, kept)
+    assert sampler.images(["a red kite"])[0][0].shape == (8 * H, 8 * H, 3)
 
 
 def test_a_machine_that_is_too_small_is_told_before_anything_is_read(

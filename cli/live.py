@@ -36,6 +36,8 @@ MOST_SHOWN = 8
 """Pictures that are shown growing at a time."""
 DIM = 0.35
 """Brightness of what is not drawn yet."""
+TALL = 24
+"""Rows of the terminal that a finished picture takes, at most."""
 EVERY = 30.0
 """Seconds between lines where there is no terminal."""
 AGAIN = 0.1
@@ -86,7 +88,7 @@ class Meter:
     @property
     def left(self) -> float | None:
         """Seconds to go, if that is known."""
-        return (self.total - self.tokens) / self.rate if self.tokens else None
+        return max(0.0, self.total - self.tokens) / self.rate if self.tokens else None
 
     def __str__(self) -> str:
         left = "" if self.left is None else f", {_duration(self.left)} left"
@@ -154,9 +156,8 @@ class Painter:
         painted: list[np.ndarray] = [np.empty(0)] * len(partials)
         for still in (True, False):
             mine = [i for i, one in enumerate(partials) if (one.frame is None) == still]
-            for i, frames in zip(
-                mine, self.sampler.pixels([filled[i] for i in mine], still), strict=True
-            ):
+            made = self.sampler.pixels([filled[i] for i in mine], still) if mine else []
+            for i, frames in zip(mine, made, strict=True):
                 painted[i] = _dimmed(frames[-1], partials[i])
         return painted
 
@@ -275,9 +276,12 @@ class Show:
             path.unlink(missing_ok=True)
             self.partials.discard(path)
         if self.stream and self.terminal and isinstance(made, np.ndarray) and self.live is not None:
+            if self.pictures:  # make room: what was growing is finished
+                self.pictures = []
+                self.live.update(self._display(), refresh=True)
             picture = made if made.ndim == 3 else made[len(made) // 2]
             columns, rows = self._room(1)
-            self.live.console.print(half_blocks(picture, columns, rows))
+            self.live.console.print(half_blocks(picture, columns, min(rows, TALL)))
 
     # --- while sequences are written -------------------------------------------------------
 
@@ -293,7 +297,11 @@ class Show:
             from rich.live import Live
 
             console = Console(stderr=True)
-            self.live = Live(console=console, auto_refresh=False, transient=True)
+            # Standard output is data, unless it is the same terminal: then lines go above.
+            redirect = sys.stdout.isatty()
+            self.live = Live(
+                console=console, auto_refresh=False, transient=True, redirect_stdout=redirect
+            )
             self.live.start()
 
     def __call__(self, done: Mapping[int, list[int]], steps: int) -> None:

@@ -33,6 +33,7 @@ from unimodal.model import emu3
 from unimodal.model.choice import Choice
 from unimodal.model.emu3 import NEGATIVE, is_emu3, load
 from unimodal.model.grammar import BlockGrammar
+from unimodal.model.naming import read_config
 from unimodal.model.sample import Sampler
 from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError
 from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
@@ -535,6 +536,21 @@ def test_the_release_at_full_size_has_its_published_ids_and_prompts(
     with pytest.raises(UnimodalError, match="takes 34 GB as float32, 20 GB of memory are free"):
         emu3.check_room(full_size, "cpu", torch.float32)
     emu3.check_room(full_size, "cpu", torch.bfloat16)  # 17 GB
+
+
+def test_what_older_versions_of_transformers_left_out_is_the_release(tmp_path: Path) -> None:
+    """They wrote of a nested config only what differs from the class, which is the release's."""
+    nested = {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "default"}}
+    record = {"model_type": "emu3", "text_config": nested, "vq_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    found, theirs = read_config(tmp_path / "config.json"), Emu3TextConfig()
+    assert (found.vocabulary_size, found.context) == (theirs.vocab_size, 131072)
+    shape = found.shape
+    assert (shape.width, shape.layers, shape.ffn) == (
+        *(theirs.hidden_size, theirs.num_hidden_layers, theirs.intermediate_size),
+    )
+    assert (shape.heads, shape.kv_heads) == (32, 8)
+    assert (shape.norm_eps, shape.rope_theta) == (theirs.rms_norm_eps, 1e6)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,29 @@ def test_saved_tokenizers_are_equal_and_give_equal_ids(tmp_path: Path) -> None:
         assert again.encode("hello world\n\n1") == tokenizer.encode("hello world\n\n1")
 
 
+def test_of_a_tokenizer_json_only_the_first_ids_may_be_text(tmp_path: Path) -> None:
+    """transformers' Emu3 lists control and vision tokens in the same file, behind the text."""
+    from tokenizers import AddedToken, Tokenizer
+
+    whole = Tokenizer.from_file(str(tokenizer_json(tmp_path / "tokenizer.json")))
+    whole.add_special_tokens([AddedToken("<|begin|>", special=True)])
+    whole.save(str(tmp_path / "tokenizer.json"))
+    part = TextTokenizer.load(tmp_path / "tokenizer.json", size=256)
+    assert part.size == 256 and part != TextTokenizer.load(tmp_path / "tokenizer.json")
+    assert max(part.encode("<|begin|>")) < 256
+    with pytest.raises(UnimodalError, match="id 257 is not a text id"):
+        part.decode([257])
+    part.save(tmp_path / "saved")
+    again = TextTokenizer.load(tmp_path / "saved")
+    assert again == part and again.size == 256
+    with pytest.raises(UnimodalError, match="has 258 ids, not 300"):
+        TextTokenizer.load(tmp_path / "tokenizer.json", size=300)
+    whole.add_tokens(["plain"])
+    whole.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UnimodalError, match="writes 'plain' as text"):
+        TextTokenizer.load(tmp_path / "tokenizer.json", size=256)
+
+
 def test_ids_that_are_not_text_are_refused() -> None:
     with pytest.raises(UnimodalError, match="id 256 is not a text id"):
         TextTokenizer.load("bytes").decode([65, 256])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -91,12 +92,14 @@ def serve(
     server.check_installed()
     source = console.from_stdin(checkpoint)
     listener = server.listening(host, port)  # before the weights are loaded: it may be taken
+    from unimodal.model import tasks
     from unimodal.model.sample import Sampler
     from unimodal.tokenize.device import usable
 
     sampler = Sampler.load(source, usable(device), batch)
+    learned = tasks.learned(Path(source))
     hosts = [*LOOPBACK, *(names or [])] if local or names else None
-    app = server.application(sampler, limits, name or server.name_of(source), key, hosts)
+    app = server.application(sampler, limits, name or server.name_of(source), key, hosts, learned)
     url = server.address(host, listener)
     print(url, flush=True)
 

@@ -73,7 +73,7 @@ class Guard:
         texts = {name: value.decode("latin-1") for name, value in headers.items()}
         refused = self._refused(scope["method"], scope["path"], texts)
         started = over = False
-        seen = 0
+        seen, more = 0, True
 
         async def answer(message: MutableMapping[str, Any]) -> None:
             nonlocal started
@@ -88,10 +88,11 @@ class Guard:
             await send(message)
 
         async def bounded() -> MutableMapping[str, Any]:
-            nonlocal seen, over
+            nonlocal seen, over, more
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > self.upload:
+            more = message.get("more_body", False)
+            if seen > self.upload and not over:
                 over = True
                 raise TooLarge
             return message
@@ -108,17 +109,11 @@ class Guard:
                 if not over or started:
                     raise
         if over and not started:
+            while more and seen <= DRAINED * self.upload:
+                await bounded()
             over = False
-            await self._drain(receive, seen)
             body = error_body(f"the request is over {self.upload:,} bytes: send less")
             await _refuse(answer, 413, body)
-
-    async def _drain(self, receive: Receive, seen: int) -> None:
-        more = True
-        while more and seen <= DRAINED * self.upload:
-            message = await receive()
-            seen += len(message.get("body", b""))
-            more = message["type"] == "http.request" and message.get("more_body", False)
 
     def _refused(
         self, method: str, path: str, headers: dict[str, str]
@@ -136,7 +131,7 @@ class Guard:
                 return 403, error_body("requests of other sites' pages are not answered")
         if self.key is not None and path not in OPEN:
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(given.strip().encode(), self.key.encode())
+            right = hmac.compare_digest(given.strip().encode("latin-1"), self.key.encode())
             if scheme.lower() != "bearer" or not right:
                 message = "a key is needed: send it as Authorization: Bearer KEY"
                 return 401, error_body(message, "authentication_error", code="invalid_api_key")

@@ -40,6 +40,8 @@ def read(
     from unimodal.tokenize.vision.pixels import area_size
 
     limits = bounds.Limits(max_image_pixels=pixels, max_video_pixels=pixels, max_frames=100_000)
+    # So many seconds early is on time: time stamps are rounded, a GIF's to 10 ms.
+    early = max(0.1 / fps, 0.006)
     kept: list[np.ndarray] = []
     times: list[float] = []
     with tempfile.TemporaryDirectory(prefix="unimodal-") as folder:
@@ -52,8 +54,7 @@ def read(
                 height, width = area_size(video.probe.height, video.probe.width, clip_area)
                 for frame in video.frames():
                     time = float(frame.pts * video.time_base)
-                    # A tenth of a step early is on time: time stamps are rounded.
-                    if not times or time >= times[0] + (len(kept) - 0.1) / fps:
+                    if not times or time >= times[0] + len(kept) / fps - early:
                         kept.append(video.upright(frame, (width, height), "rgb24"))
                         times.append(time)
                     if len(kept) == TAKEN:
@@ -95,12 +96,13 @@ def clip(pixels: np.ndarray, fps: float, form: str, about: Mapping[str, Any]) ->
         return _mp4(pixels, fps, _text(about))
     file = io.BytesIO()
     first, *rest = (Image.fromarray(frame) for frame in pixels)
-    # One time stamp a frame, so that rounding to milliseconds does not add up.
-    edges = [round(1000 * number / fps) for number in range(len(pixels) + 1)]
+    # Rounded as times, not as durations, so that it does not add up. A GIF counts in 10 ms.
+    tick = 10 if form == "gif" else 1
+    edges = [tick * round(1000 / tick * number / fps) for number in range(len(pixels) + 1)]
     given: dict[str, Any] = {
         "save_all": True,
         "append_images": rest,
-        "duration": [max(1, b - a) for a, b in pairwise(edges)],
+        "duration": [max(tick, b - a) for a, b in pairwise(edges)],
         "loop": 0,
     }
     if form == "webp":

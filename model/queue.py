@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -311,7 +311,9 @@ class _View(Progress):
             for job in self.batch:
                 if not job.cancelled:
                     job.tell(event)
-        if now - self.painted >= self.cost / PAINTING:
+        if self.batch[0].method in WRITING:
+            self._say(done)
+        elif now - self.painted >= self.cost / PAINTING:
             self._paint(done)
             self.painted = time.monotonic()
             self.cost = self.painted - now
@@ -322,20 +324,23 @@ class _View(Progress):
         left = (self.total - self.done) / rate if self.total and rate else None
         return Drawing(self.done, self.total, rate, left)
 
-    def _paint(self, done: Mapping[int, list[int]]) -> None:
-        """Send the rows so far to those who look on."""
-        n = self.batch[0].sequences
+    def _lookers(self, done: Mapping[int, list[int]]) -> Iterator[tuple[Job, int, list[int]]]:
+        """Those who look on at what is `done`: job, number of the copy, ids so far."""
         for draft, ids in done.items():
-            place, copy = divmod(draft, n)
-            job = self.batch[place] if place < len(self.batch) else None
-            if job is None or not job.previews or job.cancelled:
-                continue
-            if job.method in WRITING:
-                job.tell(Words(self._text(ids)))
-                continue
+            place, copy = divmod(draft, self.batch[0].sequences)
+            job = self.batch[place]
+            if job.previews and not job.cancelled:
+                yield job, copy, ids
+
+    def _paint(self, done: Mapping[int, list[int]]) -> None:
+        for job, copy, ids in self._lookers(done):
             drawn = so_far(self.queue.sampler, ids, job.shape)
             if drawn is not None:
                 job.tell(Rows(copy, *drawn))
+
+    def _say(self, done: Mapping[int, list[int]]) -> None:
+        for job, _, ids in self._lookers(done):
+            job.tell(Words(self._text(ids)))
 
     def _text(self, ids: Sequence[int]) -> str:
         """Text so far, without a character that is half there."""

@@ -20,7 +20,7 @@ made; they belong to the extra `serve`.
 
 import ipaddress
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -59,11 +59,12 @@ def application(
     name: str = "unimodal",
     key: str | None = None,
     hosts: Collection[str] | None = LOOPBACK,
+    learned: Mapping[str, int] | None = None,
 ) -> "FastAPI":
     """The server's application (ASGI). Its queue is `application.state.queue`.
 
     `key` is what requests must bring (None: nothing); `hosts` are the names that it answers to
-    (None: any).
+    (None: any). `learned` is what `tasks.learned` tells of the checkpoint.
     """
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
@@ -71,7 +72,7 @@ def application(
     from starlette.exceptions import HTTPException
 
     queue = Queue(sampler, limits.waiting, sampler.batch)
-    service = tasks.Service(sampler, limits, name, queue)
+    service = tasks.Service(sampler, limits, name, queue, learned)
     # FastAPI's own pages of documentation load their scripts from elsewhere.
     app = FastAPI(title="unimodal", docs_url=None, redoc_url=None)
     app.state.queue = queue

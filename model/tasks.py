@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from unimodal.model.asked import (
     size_of,
     within,
 )
+from unimodal.model.checkpoint import find, read_json
 from unimodal.model.queue import Queue
 from unimodal.pipeline.errors import MediaError, UnimodalError
 from unimodal.tokenize.document import block_length
@@ -57,6 +59,8 @@ class Service:
     limits: Limits
     name: str
     queue: Queue
+    learned: Mapping[str, int] | None = None
+    """See `learned`."""
     began: int = field(default_factory=lambda: int(time.time()))
 
     def seen(self, kind: str) -> dict[str, Any] | None:
@@ -67,10 +71,23 @@ class Service:
     def fps(self) -> float:
         return float((self.seen("video") or {}).get("fps") or 8.0)
 
+    def abilities(self) -> dict[str, bool]:
+        """What the checkpoint may have learned, by the media and tasks it was trained on."""
+        still, moving = self.seen("image") is not None, self.seen("video") is not None
+        told = {} if self.learned is None else self.learned
+        return {
+            "images": still,
+            "videos": moving,
+            "extend": moving,
+            "edit": still and bool(self.learned is None or told.get("edit")),
+            "describe": still or moving,
+            "ask": bool(self.learned is None or told.get("chat")),
+        }
+
     def card(self) -> dict[str, Any]:
         """The model as /v1/models tells of it; what is ours stands under `unimodal`."""
         own = {
-            "can": abilities(self.sampler),
+            "can": self.abilities(),
             "sizes": self._sizes("image"),
             "video_sizes": self._sizes("video"),
             "frames": int(video["size"][0]) * TEMPORAL if (video := self.seen("video")) else None,
@@ -95,18 +112,12 @@ class Service:
         return list(dict.fromkeys(named))[:24]
 
 
-def abilities(sampler: Sampler) -> dict[str, bool]:
-    """What the checkpoint may have learned, by the kinds of media that it was trained on."""
-    kinds = {grid["kind"] for grid in sampler.grids}
-    still, moving = "image" in kinds, "video" in kinds
-    return {
-        "images": still,
-        "videos": moving,
-        "extend": moving,
-        "edit": still,
-        "describe": still or moving,
-        "ask": True,
-    }
+def learned(checkpoint: Path) -> dict[str, int] | None:
+    """Documents of each task that a checkpoint was trained on, None where it does not say."""
+    file = find(checkpoint)[0] / "data.json"
+    about = read_json(file) if file.is_file() else {}
+    # Nothing was noted of captions alone.
+    return about.get("tasks", {"caption": 1} if about.get("grids") else None)
 
 
 @dataclass
@@ -226,8 +237,13 @@ def check_name(service: Service, model: str | None) -> None:
 
 
 def _able(service: Service, ability: str) -> None:
-    if not abilities(service.sampler)[ability]:
-        doing = {"images": "draw pictures", "videos": "draw videos", "extend": "continue videos"}
+    if not service.abilities()[ability]:
+        doing = {
+            "images": "draw pictures",
+            "videos": "draw videos",
+            "extend": "continue videos",
+            "ask": "answer questions; a picture without text is described",
+        }
         what = doing.get(ability, f"{ability} pictures")
         raise Refused(f"this checkpoint was not trained to {what}", code="not_supported")
 

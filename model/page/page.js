@@ -11,6 +11,7 @@ const ENDPOINT = {
   extend: "/v1/videos/extensions",
   chat: "/v1/chat/completions",
 };
+/** By mode: label of the prompt, name of the button, an example. */
 const WORDS = {
   images: ["Prompt", "Draw", "a red kite over the sea"],
   videos: ["Prompt", "Draw", "a ball rolls to the right"],
@@ -67,7 +68,7 @@ function describe(card) {
   document.title = `${card.id} · unimodal`;
   $("model").textContent = card.id;
   const can = { ...own.can, chat: own.can.describe || own.can.ask };
-  const names = { images: "pictures", videos: "videos", edit: "edits", chat: "answers" };
+  const names = { images: "pictures", videos: "videos", edit: "edits", describe: "descriptions", ask: "answers" };
   const does = Object.keys(names).filter((name) => can[name]).map((name) => names[name]);
   $("about").textContent =
     `${does.join(", ")} · context of ${own.context.toLocaleString("en")} tokens`;
@@ -84,6 +85,7 @@ function describe(card) {
   $("prompt").maxLength = limits.prompt;
   $("tokens").max = limits.tokens;
   $("tokens").value = Math.min(256, limits.tokens);
+  if (!can.ask) document.querySelector("[name=mode][value=chat] + span").textContent = "Describe";
   $("frames").max = limits.frames;
   $("frames").value = own.frames || 8;
   $("fps").placeholder = own.fps;
@@ -100,7 +102,7 @@ function choose() {
   for (const part of document.querySelectorAll(".needs")) part.hidden = !part.classList.contains(now);
   const [label, verb, example] = WORDS[now];
   $("named").textContent = label;
-  $("go").textContent = verb;
+  $("go").textContent = now === "chat" && own && !own.can.ask ? "Describe" : verb;
   $("prompt").placeholder = example;
   $("choose").firstChild.textContent =
     now === "extend" ? "Drop a video here, or " : "Drop a picture here, or ";
@@ -108,7 +110,7 @@ function choose() {
   if (own) {
     const sizes = now === "videos" ? own.video_sizes : own.sizes;
     const before = $("size").value;
-    const auto = now === "edit" ? "as the picture" : sizes.length ? `${sizes[0]} (trained most)` : "auto";
+    const auto = now === "edit" ? "as given" : sizes[0] ?? "auto";
     const rest = now === "edit" ? sizes : sizes.slice(1);
     $("size").replaceChildren(
       el("option", { value: "auto", textContent: auto.replace("x", " × ") }),
@@ -121,6 +123,11 @@ function choose() {
     $("temperature").placeholder = chat ? own.defaults.text_temperature ?? "likeliest" : own.defaults.temperature;
     $("top_k").placeholder = chat ? own.defaults.text_top_k ?? "" : own.defaults.top_k;
     $("top_p").placeholder = chat ? own.defaults.text_top_p ?? "" : own.defaults.top_p;
+  }
+  // What only describes pictures takes no words.
+  $("prompt").disabled = now === "chat" && Boolean(own) && !own.can.ask;
+  if ($("prompt").disabled) {
+    $("prompt").placeholder = "This checkpoint describes pictures, and was not trained to answer";
   }
   sized();
   slid();
@@ -213,8 +220,12 @@ function settings(now) {
   }
   if (now === "edit" && !upload) throw new Error("Give a picture to be edited");
   if (now === "extend" && !upload) throw new Error("Give a video to be continued");
-  if (now === "chat" && !upload && !$("prompt").value.trim()) throw new Error("Give a picture, or ask something");
+  if (now === "chat" && !upload && !question()) throw new Error("Give a picture, or ask something");
   return own;
+}
+
+function question() {
+  return $("prompt").disabled ? "" : $("prompt").value.trim();
 }
 
 function labelled(field) {
@@ -229,7 +240,7 @@ async function body(now, own) {
       const kind = upload.type.startsWith("video/") ? "video_url" : "image_url";
       content.push({ type: kind, [kind]: { url: await dataURL(upload) } });
     }
-    if ($("prompt").value.trim()) content.push({ type: "text", text: $("prompt").value });
+    if (question()) content.push({ type: "text", text: question() });
     return JSON.stringify({ ...own, model: model.id, messages: [{ role: "user", content }] });
   }
   const form = new FormData();
@@ -262,6 +273,7 @@ async function ask(event) {
   busy(true);
   const work = now === "chat" ? new Talk() : new Drawing(now, own);
   work.begin();
+  if (innerWidth < 800) $("stage").scrollIntoView({ block: "start" });
   try {
     const sent = await body(now, own);
     const more = typeof sent === "string" ? { "Content-Type": "application/json" } : {};
@@ -406,7 +418,7 @@ class Talk {
   begin() {
     this.blob = upload;
     this.url = upload ? URL.createObjectURL(upload) : "";
-    this.item = { kind: "chat", prompt: $("prompt").value, blob: this.blob, url: this.url, answer: "" };
+    this.item = { kind: "chat", prompt: question(), blob: this.blob, url: this.url, answer: "" };
     this.answer = el("p", { className: "answer", textContent: "…" });
     $("results").className = "words";
     $("results").replaceChildren((this.card = talk(this.item, this.answer)));
@@ -460,7 +472,7 @@ function caption(item) {
   tools.append(el("a", { href: item.url, download: filename(item), textContent: "Download" }));
   if (moving && can.extend) tool("Continue", () => turn("extend", item));
   if (!moving && can.edit) tool("Edit", () => turn("edit", item));
-  if (can.describe) tool("Ask", () => turn("chat", item));
+  if (can.describe) tool(can.ask ? "Ask" : "Describe", () => turn("chat", item));
   tool("Same settings", () => again(item));
   return el("figcaption", {},
     el("p", { className: "words-of", textContent: item.prompt || "(continued)" }),

@@ -67,14 +67,36 @@ class Choice:
         if self.top_k >= logits.shape[-1] and self.top_p == 1:
             columns = torch.arange(logits.shape[-1], device=logits.device)
             return (logits - noise(columns).log()).argmax(-1)
-        kept, columns = logits.topk(
-            min(self.top_k, logits.shape[-1]), dim=-1, sorted=self.top_p < 1
-        )
+        kept, columns = largest(logits, min(self.top_k, logits.shape[-1]), self.top_p < 1)
         if self.top_p < 1:
             p = kept.softmax(-1)
             kept = kept.masked_fill((p.cumsum(-1) - p) >= self.top_p, -math.inf)  # enough before
         best = (kept - noise(columns).log()).argmax(-1, keepdim=True)
         return columns.gather(-1, best)[:, 0]
+
+
+def largest(logits: Tensor, k: int, ordered: bool) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of [P, V] and their columns int64, as `torch.topk`.
+
+    On a CPU a bound from every eighth column leaves few in question: of 8 rows of 32,768 the 2,048
+    largest took 1.2 ms so and 2.6 by `topk` alone. A bound that is too high is seen and not used.
+    """
+    v = logits.shape[-1]
+    if logits.device.type != "cpu" or v < 8 * k:
+        return logits.topk(k, dim=-1, sorted=ordered)
+    share = -(-k // 8)
+    # Four standard deviations more than a random eighth of the columns would have of them.
+    sure = min(share + 4 * math.isqrt(share) + 1, v // 8)
+    least = logits[:, ::8].topk(sure, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    found = []
+    for row, within in zip(logits, (logits >= least).numpy(), strict=True):
+        columns = torch.from_numpy(np.flatnonzero(within))
+        if len(columns) < k:
+            return logits.topk(k, dim=-1, sorted=ordered)
+        kept, among = row[columns].topk(k, sorted=ordered)
+        found.append((kept, columns[among]))
+    values, places = zip(*found, strict=True)
+    return torch.stack(values), torch.stack(places)
 
 
 class Noise:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
-from unimodal.model.choice import Choice, Noise
+from unimodal.model.choice import Choice, Noise, largest
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -88,3 +89,23 @@ def test_noise_depends_on_nothing_but_seed_sequence_step_and_id() -> None:
 def test_the_smallest_and_the_largest_noise_are_finite_chances() -> None:
     values = torch.cat([Noise(0, [(0,)]).exponential(s, torch.arange(1 << 16)) for s in range(64)])
     assert values.min() > 0 and values.isfinite().all()
+
+
+@pytest.mark.parametrize("k", [1, 16, 64, 500])
+def test_the_largest_by_a_bound_are_those_of_topk(k: int) -> None:
+    """Whether the bound of every eighth column is right, too high or of no use."""
+    logits = torch.randn(3, 4096, generator=torch.Generator().manual_seed(0))
+    skewed = logits.clone()
+    skewed[:, ::8] += 9  # every eighth column is larger than all others
+    few = torch.full((2, 4096), -torch.inf)
+    few[:, 3:9] = torch.arange(6.0)
+    for rows in (logits, skewed, few[:, :5]):
+        least = min(k, rows.shape[-1])
+        expected = rows.topk(least, dim=-1)
+        kept, columns = largest(rows, least, ordered=True)
+        assert torch.equal(kept, expected.values) and torch.equal(columns, expected.indices)
+        loose, columns = largest(rows, least, ordered=False)
+        assert torch.equal(loose.sort(descending=True).values, expected.values)
+        assert torch.equal(rows.gather(-1, columns), loose)
+    kept, _ = largest(few, 5, ordered=True)
+    assert kept.tolist() == [[5, 4, 3, 2, 1]] * 2

@@ -34,19 +34,11 @@ import pyarrow as pa
 from unimodal.pipeline import fetch, remote, tables, tars
 from unimodal.pipeline.clips import CAPTION, CLIPS, read_parquet, table, write_parquet
 from unimodal.pipeline.errors import MediaError
-from unimodal.pipeline.settings import Settings
 
 VERSION = 1
 LARGEST = tars.LARGEST_TEXT  # bytes of a sidecar
 
 NOT_META = frozenset({"caption", "text", "captions", "style", "lang", "start_s", "end_s"})
-
-
-class CaptionSettings(Settings):
-    """Where captions come from."""
-
-    sidecar: tuple[str, ...] = ("json", "txt", "vtt")
-    """Kinds of files beside the media that are read, in order of precedence."""
 
 
 @dataclass(frozen=True)

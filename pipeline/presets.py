@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import field_validator
 
 from unimodal.pipeline.bounds import Limits
-from unimodal.pipeline.caption import CaptionSettings
+from unimodal.pipeline.captioning.settings import CaptionSettings
 from unimodal.pipeline.decide import DecideSettings
 from unimodal.pipeline.dedup import DedupSettings
 from unimodal.pipeline.errors import UsageError
@@ -57,7 +57,7 @@ class CurateSettings(Settings):
     limits: Limits = Limits()
     """Bounds on what is decoded."""
     caption: CaptionSettings = CaptionSettings()
-    """Captions that lie beside the media."""
+    """Captions: those that lie beside the media, and those that a model is to write."""
     decide: DecideSettings = DecideSettings()
     """Thresholds."""
     parts: PartSettings = PartSettings()

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unimodal.pipeline import caption, decide, view
+from unimodal.pipeline.captioning.describe import Open, prompt_of
 from unimodal.pipeline.clips import CLIPS, read_parquet
 from unimodal.pipeline.engine import choose
 from unimodal.pipeline.errors import UsageError, full_disk
@@ -35,7 +36,7 @@ from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.settings import build
 from unimodal.pipeline.stage import PartFiles, sweep
 from unimodal.pipeline.stages import part_stages
-from unimodal.pipeline.work import Engine, Work, do_steps, join, part_steps
+from unimodal.pipeline.work import Describing, Engine, Work, do_steps, join, part_steps, store_of
 
 __all__ = ["PRESETS", "CurateSettings", "Run", "curate", "update"]
 
@@ -131,6 +132,7 @@ def curate(
     captions: Mapping[str, Any] | str | Path | None = None,
     verify: bool = False,
     retry_quarantined: bool = False,
+    captioner: Open | None = None,
 ) -> Run:
     """Curate images and videos into the run directory `out`, or bring one up to date.
 
@@ -140,6 +142,8 @@ def curate(
     `address`. `captions` is a mapping from path to text or texts, or a table with the columns path
     and caption. `verify` compares contents, where size and modification time are trusted
     otherwise. `retry_quarantined` does the parts again in which something could not be read.
+    `captioner` opens the source of captions that `settings.caption` names, where it is one that
+    this room does not know.
 
     A source that cannot be read goes to quarantine with its reason. Raises `UsageError` for
     inputs that do not exist or settings that do not evaluate, `UnimodalError` when the run
@@ -174,7 +178,8 @@ def curate(
             write_parts(parts, out / "parts.parquet")
         given.write(out / "given.parquet")
         seconds = {"list": time.time() - begun}
-        work = Work(out, parts, given, settings, stages, driver, progress)
+        asking = Describing(opened=captioner)
+        work = Work(out, parts, given, settings, stages, driver, progress, asking)
         return _bring_up(work, seconds)
 
 
@@ -186,10 +191,12 @@ def update(
     workers: int | None = None,
     address: str | None = None,
     progress: Progress | None = None,
+    describing: Describing | None = None,
 ) -> Run:
     """Bring a run directory up to date with other `settings`, without listing its inputs again.
 
-    By default the settings it was made with. Raises as `curate` does.
+    By default the settings it was made with. A model is asked for new captions only if
+    `describing` says so. Raises as `curate` does.
     """
     run = Run(Path(out))
     if not (run.path / "run.json").exists():
@@ -203,7 +210,8 @@ def update(
         sweep(path)
         parts = read_parts(path / "parts.parquet")
         given = caption.Given.read(path / "given.parquet")
-        work = Work(path, parts, given, settings, part_stages(settings), driver, progress)
+        stages, asking = part_stages(settings), describing or Describing(ask=False)
+        work = Work(path, parts, given, settings, stages, driver, progress, asking)
         return _bring_up(work, {})
 
 
@@ -227,7 +235,9 @@ def _bring_up(work: Work, seconds: dict[str, float]) -> Run:
 
 
 def check(settings: CurateSettings) -> None:
-    """A typing error in a rule shall not wait for the last video."""
+    """A typing error in a rule or a prompt shall not wait for the last video."""
+    if settings.caption.by_model:
+        prompt_of(settings.caption)
     if settings.decide.extra:
         decide.decide(CLIPS.empty_table(), settings.decide)
 
@@ -291,6 +301,20 @@ def _must_be_ours(out: Path) -> None:
         raise UsageError(f"{out}: a file is in the way; name another -o")
 
 
+def _captions(run: Run, work: Work) -> dict[str, Any]:
+    """What captions of a model took: in all, and in the last pass that asked for any."""
+    store = store_of(work)
+    if store is None or not store.statuses:
+        return {}
+    before = {}
+    if (run.path / "run.json").exists():
+        before = run.info.get("captions", {})
+        del run.__dict__["info"]  # it is about to be another
+    same = before.get("folder") == store.folder.name
+    last = work.told.get("last") or (before.get("last") if same else None)
+    return {"captions": {"folder": store.folder.name, **store.totals(), "last": last}}
+
+
 def _write_info(
     run: Run, work: Work, folders: Mapping[str, str], seconds: Mapping[str, float]
 ) -> None:
@@ -311,6 +335,7 @@ def _write_info(
         "engine": work.driver.name,
         "versions": versions,
         "seconds": {name: round(taken, 3) for name, taken in seconds.items()},
+        **_captions(run, work),
         "totals": {
             "parts": len(parts),
             "sources": sum(len(part.sources) for part in parts),

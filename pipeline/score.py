@@ -8,6 +8,7 @@ loaded once per process and kept from part to part.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -92,15 +93,21 @@ def match_part(
 ) -> None:
     """Compare the first caption of each clip with its embedding; commit to `folder`.
 
-    `embedded` is the embed stage's folder, `captions` the caption stage's file.
+    `embedded` is the embed stage's folder, `captions` the caption stage's file. The column `of`
+    says which text it was.
     """
     tell = tell or Tell()
     tell.begin("match", part)
     embeddings = read_parquet(PartFiles(embedded, part).rows, columns=["uid", "embedding"])
-    embeddings = embeddings.filter(pc.is_valid(embeddings.column("embedding")))
     texts = read_parquet(captions)
     texts = texts.filter(pc.is_in(texts.column("uid"), embeddings.column("uid").combine_chunks()))
-    first = {row["uid"]: row["captions"][0]["text"] for row in texts.to_pylist() if row["captions"]}
+    first = first_texts(texts)
+    rows = {
+        row["uid"]: {"uid": row["uid"], "text_match": None, "of": text_digest(first[row["uid"]])}
+        for row in embeddings.select(["uid"]).to_pylist()
+        if row["uid"] in first
+    }
+    embeddings = embeddings.filter(pc.is_valid(embeddings.column("embedding")))
     pairs = [row for row in embeddings.to_pylist() if row["uid"] in first]
     cosines: list[float] = []
     if pairs:
@@ -112,13 +119,27 @@ def match_part(
             some = slice(at, at + 64)
             cosines += compare([first[row["uid"]] for row in pairs[some]], vectors[some])
             tell.seconds(0.0)
-    rows = [
-        {"uid": row["uid"], "text_match": cosine}
-        for row, cosine in zip(pairs, cosines, strict=True)
-    ]
-    schema = pa.schema([pa.field("uid", pa.string(), nullable=False), *module("match").COLUMNS])
-    PartFiles(folder, part).commit(table(rows, schema), [])
+    for row, cosine in zip(pairs, cosines, strict=True):
+        rows[row["uid"]]["text_match"] = cosine
+    columns = [pa.field("uid", pa.string(), nullable=False), *module("match").COLUMNS]
+    schema = pa.schema([*columns, pa.field("of", pa.string())])
+    PartFiles(folder, part).commit(table(rows.values(), schema), [])
     tell.done("match", part, "")
+
+
+def first_texts(captions: pa.Table) -> dict[str, str]:
+    """The caption to use of each clip that has one; a table with the columns uid and captions."""
+    found = {}
+    for row in captions.select(["uid", "captions"]).to_pylist():
+        text = next((said["text"] for said in row["captions"] or [] if said["text"]), None)
+        if text:
+            found[row["uid"]] = text
+    return found
+
+
+def text_digest(text: str) -> str:
+    """Name of a text, 16 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _scored(

@@ -1,9 +1,10 @@
 """The work of a run: steps of parts for the engine, then the stages that look at all clips at once.
 
-    parts ─> watch, text, quality, embed, nsfw (engine) ─> captions ─> match (engine)
-          ─> dedup ─> decide ─> clips.parquet
+    parts ─> watch, text, quality, embed, nsfw (engine) ─> captions of people ─> dedup
+          ─> decide ─> a model describes what is kept ─> match (engine) ─> decide ─> clips.parquet
 
-Where only the thresholds have changed, the table is read back and judged anew.
+Where no model describes, there is one verdict, at the end. Where only the thresholds have changed,
+the table is read back and judged anew.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from unimodal.pipeline import caption, decide, dedup, score, view
-from unimodal.pipeline.clips import CLIPS, DEDUP, read_parquet, write_parquet
+from unimodal.pipeline.captioning import describe
+from unimodal.pipeline.captioning.store import Store
+from unimodal.pipeline.clips import CLIPS, DEDUP, MATCH, read_parquet, write_parquet
 from unimodal.pipeline.engine import run_jobs
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.parts import Part, digest
 from unimodal.pipeline.presets import CurateSettings
 from unimodal.pipeline.progress import Progress
-from unimodal.pipeline.stage import Stage
+from unimodal.pipeline.stage import PartFiles, Stage
 from unimodal.pipeline.stages import Stages, decide_stage, dedup_stage, match_stage
 from unimodal.pipeline.tell import Tell
 from unimodal.pipeline.worker import Job, Step
@@ -39,6 +44,16 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Describing:
+    """How far a model is asked for captions, if the settings name one."""
+
+    ask: bool = True  # False: take what it said before, and note that there is more to ask
+    opened: describe.Open | None = None  # who opens the source, where we cannot
+    retry_failed: bool = False
+    limit: int | None = None  # requests
+
+
+@dataclass(frozen=True)
 class Work:
     """A run directory that is being brought up to date, with the lock held."""
 
@@ -49,6 +64,8 @@ class Work:
     stages: Stages
     driver: Engine
     progress: Progress
+    describing: Describing = Describing()
+    told: dict[str, Any] = field(default_factory=dict)  # for run.json: what describing took
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,7 @@ class Joint:
     """The stages that look at all clips at once, and what they are to find."""
 
     captions: Stage
+    described: Stage | None
     matches: Stage | None
     groups: Stage | None
     verdicts: Stage
@@ -63,38 +81,63 @@ class Joint:
     folders: dict[str, str]  # of every stage of the run
 
 
-def joint(work: Work) -> Joint:
-    """The stages after the parts are done; lists the caption files that lie beside the media."""
+WAITS = "waits"
+"""Ends the state of captions where some clips are still to be described."""
+
+
+def joint(work: Work, state: str, sidecars: view.Sidecars | None = None) -> Joint:
+    """The stages after the parts are done; lists the caption files that lie beside the media.
+
+    `state` says what a model has written by now, see `Store.state`; "" if none is asked.
+    """
     settings, stages = work.settings, work.stages
     live = digest(work.parts)
     uris = [uri for part in work.parts for s in part.sources for uri in (s.uri, *s.aliases)]
-    sidecars = caption.find_sidecars(uris, settings.caption.sidecar)
+    if sidecars is None:
+        sidecars = caption.find_sidecars(uris, settings.caption.sidecar)
     lying = hashlib.sha256(json.dumps(sorted(sidecars.items())).encode()).hexdigest()
     captions = Stage(
         "caption",
         caption.VERSION,
-        settings.caption.digest(),
+        settings.caption.beside(),
         (stages.watch.folder, live, lying, work.given.digest()),
     )
-    matches = None if "match" in stages.skipped else match_stage(stages, settings, captions)
+    described = None
+    compared = captions  # what match is of; those of a model may grow in their folder
+    if settings.caption.by_model:
+        described = describe.describe_stage(settings.caption, settings.keyframes.digest())
+        reads = (captions.folder, described.folder)
+        compared = Stage("caption", caption.VERSION, settings.caption.first, reads)
+        captions = Stage("caption", caption.VERSION, settings.caption.first, (*reads, state))
+    matches = None if "match" in stages.skipped else match_stage(stages, settings, compared)
     groups = None if "dedup" in stages.skipped else dedup_stage(stages, settings, live)
-    before = [*stages.by_part, captions, *(s for s in (matches, groups) if s is not None)]
+    others = [s for s in (described, matches, groups) if s is not None]
+    before = [*stages.by_part, captions, *others]
     verdicts = decide_stage(settings, live, before)
     folders = {stage.name: stage.folder for stage in (*before, verdicts)}
-    return Joint(captions, matches, groups, verdicts, sidecars, folders)
+    return Joint(captions, described, matches, groups, verdicts, sidecars, folders)
 
 
 def join(work: Work) -> dict[str, str]:
     """Do the stages that look at all clips at once; returns the folder of every stage."""
-    out, plan = work.out, joint(work)
+    out, describing = work.out, work.describing
+    store = store_of(work)
+    plan = joint(work, store.state if store else "")
     there = view.folders_of(out)
-    if there == plan.folders:
+    if there == plan.folders and not (store and describing.retry_failed):
         return plan.folders
+    if store and not describing.ask:
+        waiting = joint(work, store.state + WAITS, plan.sidecars)
+        if there == waiting.folders:
+            return waiting.folders
+    clips = None
     if there is not None and {**there, "decide": plan.verdicts.folder} == plan.folders:
         clips = read_parquet(out / "clips.parquet").drop_columns(["verdict", "reasons"])
         refused = read_parquet(out / "quarantine.parquet").to_pylist()
-    else:
-        clips, refused = _columns(work, plan)
+        if store and to_describe(clips, work.settings, store, describing.retry_failed)[1]:
+            clips = None
+    if clips is None:
+        clips, refused, plan = _columns(work, plan, store)
     verdict_file = out / plan.verdicts.folder / "verdicts.parquet"
     if verdict_file.exists():
         judged = read_parquet(verdict_file)
@@ -108,8 +151,37 @@ def join(work: Work) -> dict[str, str]:
     return plan.folders
 
 
-def _columns(work: Work, plan: Joint) -> tuple[pa.Table, list[dict[str, str]]]:
-    """All columns but the verdict, and what could not be read."""
+def store_of(work: Work) -> Store | None:
+    """What a model has written under these settings; None if none is to write."""
+    own = work.settings.caption
+    if not own.by_model:
+        return None
+    stage = describe.describe_stage(own, work.settings.keyframes.digest())
+    return Store(work.out / stage.folder, write=True)
+
+
+def to_describe(
+    clips: pa.Table, settings: CurateSettings, store: Store, retry_failed: bool = False
+) -> tuple[dict[str, list[str]], int]:
+    """Clips that pass all rules and were not described yet, uids by part; and their requests.
+
+    What depends on captions has no say in what is to be captioned.
+    """
+    scored = clips.drop_columns([name for name in MATCH.names if name in clips.column_names])
+    scored = view.with_columns(scored, [], MATCH)
+    verdicts = decide.decide(scored, settings.decide).select(["uid", "verdict"])
+    judged = view.join(scored.select(["uid", "part", "duration_s"]), verdicts, _VERDICT)
+    kept = judged.filter(pc.equal(judged.column("verdict"), "keep"))
+    return describe.missing(kept, store, settings.caption, retry_failed)
+
+
+_VERDICT = pa.schema([CLIPS.field("verdict")])
+
+
+def _columns(
+    work: Work, plan: Joint, store: Store | None
+) -> tuple[pa.Table, list[dict[str, str]], Joint]:
+    """All columns but the verdict, what could not be read, and the plan as it came out."""
     out, parts, settings, stages = work.out, work.parts, work.settings, work.stages
     clips = view.live_rows(out / stages.watch.folder, parts)
     for name in score.SCORERS:
@@ -119,6 +191,18 @@ def _columns(work: Work, plan: Joint) -> tuple[pa.Table, list[dict[str, str]]]:
             files = view.part_files(out / stages.folders[name], parts)
         clips = view.with_columns(clips, files, schema)
     clips, sick = view.with_captions(clips, parts, work.given, plan.sidecars)
+    files = []
+    if plan.groups is not None:
+        files = [out / plan.groups.folder / "groups.parquet"]
+        if not files[0].exists():
+            found = dedup.group(clips, settings.dedup, _embeddings(out, parts, stages))
+            write_parquet(found, files[0])
+    clips = view.with_columns(clips, files, DEDUP).drop_columns(["samples"])
+    if store is not None:
+        left = _describe(work, clips, store)
+        clips = describe.with_descriptions(clips, store, settings.caption.first)
+        sick += describe.refused(store, clips)
+        plan = joint(work, store.state + WAITS * left, plan.sidecars)
     caption_file = out / plan.captions.folder / "captions.parquet"
     if not caption_file.exists():
         write_parquet(clips.select(["uid", "captions"]), caption_file)
@@ -132,22 +216,62 @@ def _columns(work: Work, plan: Joint) -> tuple[pa.Table, list[dict[str, str]]]:
             captions=str(caption_file),
             model=True,
         )
+        if store is not None:
+            _forget_stale(out / plan.matches.folder, clips)
         do_steps(work, [step])
         files = view.part_files(out / plan.matches.folder, parts)
     clips = view.with_columns(clips, files, score.module("match").COLUMNS)
-    files = []
-    if plan.groups is not None:
-        files = [out / plan.groups.folder / "groups.parquet"]
-        if not files[0].exists():
-            found = dedup.group(clips, settings.dedup, _embeddings(out, parts, stages))
-            write_parquet(found, files[0])
-    clips = view.with_columns(clips, files, DEDUP).drop_columns(["samples"])
     refused = view.quarantined([out / stage.folder for stage in stages.by_part], parts)
     for row in [*refused, *sick][:20]:
         work.progress.note(f"quarantined {row['uri']}: {row['reason']}")
     if len(refused) + len(sick) > 20:
         work.progress.note(f"… and {len(refused) + len(sick) - 20} more, see quarantine.parquet")
-    return clips, [*refused, *sick]
+    return clips, [*refused, *sick], plan
+
+
+def _describe(work: Work, clips: pa.Table, store: Store) -> bool:
+    """Have a model describe what is kept and was not described; returns whether some is left."""
+    settings, how, driver = work.settings, work.describing, work.driver
+    wanted, requests = to_describe(clips, settings, store, how.retry_failed)
+    if not how.ask:
+        if requests:
+            work.progress.note(
+                f"{requests} requests for captions are left: unimodal caption {work.out}"
+            )
+        return bool(requests)
+    if requests:
+        opened = how.opened or (lambda own: describe.open_source(own, driver.name, driver.address))
+        made = describe.describe(
+            store,
+            work.out / work.stages.watch.folder,
+            wanted,
+            min(requests, how.limit or requests),
+            settings.caption,
+            opened,
+            settings.patience,
+            work.progress,
+            how.retry_failed,
+            how.limit,
+        )
+        work.told["last"] = made.record()
+    return bool(to_describe(clips, settings, store)[1])
+
+
+def _forget_stale(folder: Path, clips: pa.Table) -> None:
+    """Remove what match found in parts of which a clip's first caption is another one now."""
+    wanted: dict[str, dict[str, str]] = {}
+    texts = score.first_texts(clips)
+    for row in clips.select(["uid", "part"]).to_pylist():
+        if row["uid"] in texts:
+            digests = wanted.setdefault(row["part"], {})
+            digests[row["uid"]] = score.text_digest(texts[row["uid"]])
+    for part, digests in wanted.items():
+        file = PartFiles(folder, part).rows
+        if file.exists():
+            rows = read_parquet(file, columns=["uid", "of"]).to_pylist()
+            there = {row["uid"]: row["of"] for row in rows}
+            if any(there.get(uid) != of for uid, of in digests.items()):
+                file.unlink()
 
 
 def _embeddings(out: Path, parts: Sequence[Part], stages: Stages) -> pa.Table | None:

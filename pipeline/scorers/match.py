@@ -13,7 +13,7 @@ from unimodal.pipeline.scorers.openclip import clip_model
 
 __all__ = ["COLUMNS", "VERSION", "absent", "load"]
 
-VERSION = 1
+VERSION = 2
 
 
 def load(settings: EmbedSettings) -> Callable[[Sequence[str], np.ndarray], list[float]]:

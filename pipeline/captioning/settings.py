@@ -1,0 +1,131 @@
+"""Where captions come from, and how a model is asked for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from unimodal.pipeline.settings import Settings
+
+Source = Literal["sidecar", "endpoint", "vllm", "checkpoint"]
+
+
+class CaptionSettings(Settings):
+    """Where captions come from, and how a model is asked for them."""
+
+    sidecar: tuple[str, ...] = ("json", "txt", "vtt")
+    """Kinds of files beside the media that are read, in order of precedence."""
+    source: Source = "sidecar"
+    """Who writes captions: nobody but people (sidecar), a server (endpoint), a vLLM engine of our
+    own (vllm), or a model of ours (checkpoint)."""
+    first: Literal["model", "people"] = "model"
+    """Whose captions come first in a clip's list where it has both."""
+
+    model: str = ""
+    """Name of the model at the server; id or folder of one for vllm; a checkpoint's folder."""
+    prompt: str = "dense"
+    """A prompt of the package, or a file.toml."""
+    language: str = "en"
+    """Section of the prompt, and the language that answers must be in."""
+    styles: tuple[str, ...] | None = None
+    """Which of the prompt's styles to ask for; none: all of them."""
+    format: Literal["json", "text"] = "json"
+    """One JSON object with all styles, or the words of a single style as they are."""
+    guided: bool = True
+    """Have the engine hold the model to the JSON schema; otherwise the prompt alone asks for it."""
+
+    frames: int = Field(default=12, ge=1)
+    """Pictures of a clip in a request, at most; there are keyframes.count to choose from."""
+    short_side: int | None = Field(default=None, ge=28)
+    """Pixels that pictures are shrunk to; none: as they are stored (keyframes.short_side)."""
+    piece_s: float = Field(default=20.0, gt=0)
+    """Clips of this length and more are described in equal pieces of half to all of it."""
+
+    max_tokens: int = Field(default=768, ge=1)
+    """Length of an answer; one that is cut off is asked for again."""
+    temperature: float = Field(default=0.2, ge=0)
+    """Of the first try; later ones take at least 0.7, or the same answer would come again."""
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    """Share of the probability that words are drawn from."""
+    seed: int = 0
+    """Of the first try; each later one adds 1."""
+    tries: int = Field(default=3, ge=1)
+    """How often a clip is asked for until its answer can be believed."""
+
+    in_flight: int = Field(default=64, ge=1)
+    """Requests that are under way at a time, for each engine or server."""
+    url: str = ""
+    """Of the server, up to and with /v1."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the server's key; it is read, and never written anywhere."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """For one answer of a server."""
+    retries: int = Field(default=6, ge=0)
+    """How often a request is repeated that a server fails on, 429 and 5xx, or that is cut off."""
+    backoff_s: float = Field(default=1.0, ge=0)
+    """Wait before the first repetition; it doubles each time, up to a minute."""
+    patience_s: float = Field(default=300.0, ge=0)
+    """How long a server may be away before the run stops."""
+
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs that one vLLM engine is spread over."""
+    data_parallel: int = Field(default=1, ge=1)
+    """vLLM engines side by side, each with its own GPUs."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Tokens of a prompt and its answer; none: what the model was made for."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's engine, by their names there."""
+
+    @field_validator("url")
+    @classmethod
+    def _without_password(cls, value: str) -> str:
+        if value:
+            parts = urlsplit(value)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("write it as http://host:port/v1")
+            if parts.username or parts.password or parts.query:
+                raise ValueError("a key does not belong in it: settings are kept in the run")
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> CaptionSettings:
+        if self.source != "sidecar" and not self.model:
+            raise ValueError(f"source {self.source} needs caption.model")
+        if self.source == "endpoint" and not self.url:
+            raise ValueError("source endpoint needs caption.url, as http://localhost:8000/v1")
+        return self
+
+    @property
+    def by_model(self) -> bool:
+        """Whether a model writes captions, beside those of people."""
+        return self.source != "sidecar"
+
+    def beside(self) -> str:
+        """Digest of what captions of people depend on."""
+        return hashlib.sha256(json.dumps(self.sidecar).encode()).hexdigest()[:16]
+
+    def words(self, prompt_hash: str) -> str:
+        """Digest of what a model's words depend on: not where it runs, or how patient we are."""
+        names = (
+            *("model", "language", "styles", "format", "guided", "frames", "short_side"),
+            *("piece_s", "max_tokens", "temperature", "top_p", "seed"),
+        )
+        values = {name: getattr(self, name) for name in names}
+        text = json.dumps([values, prompt_hash, weights_in(self.model)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_in(model: str) -> list[tuple[str, int]]:
+    """Names and sizes of the files of a model that is a folder here; others go by their name."""
+    folder = Path(model)
+    if not model or not folder.is_dir():
+        return []
+    return sorted((e.name, e.stat().st_size) for e in os.scandir(folder) if e.is_file())

@@ -93,6 +93,7 @@ class Studio:
     together: int = 32
     """Outputs of a call."""
     bad: list[tuple[Item, UnimodalError]] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
     kept: int = 0
     """Outputs that were there already."""
     records: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
@@ -215,12 +216,8 @@ class Studio:
             raise UsageError(f"{clips[0].name} is a clip: {direction} takes pictures")
         if direction == "continue" and not clips:
             raise UsageError(f"{given[0].name} is a picture: --continue takes a clip")
-        seen = any(one["kind"] == "video" for one in sampler.grids)
-        if (asked.moving or clips) and sampler.grids and not seen:
-            raise UsageError(
-                "this checkpoint was never trained on video: ask it for pictures, or train one "
-                "on shards with clips"
-            )
+        if asked.moving or clips:
+            self._check_moving(asked)
         if asked.writes_text:
             own = sampler.defaults
             told |= {
@@ -235,6 +232,23 @@ class Studio:
         fps = clips[0].fps if clips else sampler.fps(asked.fps) if asked.moving else None
         told["fps"] = fps
         return Ready({k: v for k, v in told.items() if v is not None}, given, pieces, fps)
+
+    def _check_moving(self, asked: Request) -> None:
+        if not self.sampler.grids or any(one["kind"] == "video" for one in self.sampler.grids):
+            return
+        if asked.direction == "video" and asked.size and asked.frames:  # whoever insists
+            self.warn("this checkpoint was never trained on video: what comes will mean little")
+            return
+        raise UsageError(
+            "this checkpoint was never trained on video: ask it for pictures, or train one on "
+            "shards with clips"
+        )
+
+    def warn(self, message: str) -> None:
+        """Tell a person once."""
+        if message not in self.warned:
+            self.warned.add(message)
+            self.show.note(message)
 
     def _drawn(self, asked: Request) -> dict[str, Any]:
         """How pictures are drawn, for their record."""

@@ -419,7 +419,9 @@ def test_a_checkpoint_that_never_saw_video_says_so(
     for asked in (["a", "--frames", "8"], ["--describe", f"{drawn_shards}#clip0004"]):
         code, _, told = sample(still, *asked, "-o", tmp_path / "o")
         assert code == 2 and "was never trained on video" in told
-    assert sample(still, "a", "-o", tmp_path / "o")[0] == 0
+    code, _, told = sample(still, "a", "--frames", 4, "--size", "16x16", "-o", tmp_path / "o")
+    assert code == 0 and "never trained on video: what comes will mean little" in told
+    assert "video" not in sample(still, "a", "-o", tmp_path / "o")[2]
 
 
 def test_one_prompt_that_fails_does_not_stop_the_others(

@@ -9,7 +9,8 @@ Emu3's 184,622 ids, a grid of 32x32 codes, guidance 3, top-k 2048, the same rand
   ours   `TorchBackend`, as `unimodal sample` draws
   peer   transformers' LlamaForCausalLM.generate with a key-value cache, as Emu3's documentation
          draws: `guidance_scale` and `negative_prompt_ids` (its classifier-free guidance with two
-         caches) and `prefix_allowed_tokens_fn` for the grammar, in inference mode
+         caches) and `prefix_allowed_tokens_fn` for the grammar, whose codes are a list; in
+         inference mode. `--tensors` spares it the conversion of that list
 
 The two take turns; a ratio is that of one pair, and what is said is the median over the pairs.
 Times are of whole rows of the grid (32 codes and the end of line), read at the ends of rows, so
@@ -142,8 +143,8 @@ class Peer:
         self.model.load_state_dict(decoder.state_dict(), assign=True)
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(self.model.config)
 
-    def __call__(self, job: Job, lists: bool = False) -> tuple[list[list[int]], Marks]:
-        """As `ours`. `lists`: allowed ids as a list, as in Emu3's documentation, not a tensor."""
+    def __call__(self, job: Job, tensors: bool = False) -> tuple[list[list[int]], Marks]:
+        """As `ours`. `tensors`: allowed ids not as a list, as in Emu3's documentation."""
         marks: Marks = []
         contexts = job.contexts()
         conditional, unconditional = (
@@ -151,7 +152,7 @@ class Peer:
         )
         start = conditional.shape[1]
         vision: Any = torch.arange(VOCABULARY.vision_start, VOCABULARY.size)
-        if lists:
+        if not tensors:
             vision = vision.tolist()
         eol, tail = [VOCABULARY.eol], [VOCABULARY.eof, VOCABULARY.eoi]
 
@@ -210,7 +211,7 @@ def compare(decoder: Decoder, batch: int, arguments: argparse.Namespace) -> None
             job = Job(decoder, batch, given, arguments.rows + 1, pair)
             sides: list[Callable[[], tuple[Any, Marks]]] = [
                 lambda job=job: ours(job, arguments.compile),  # type: ignore[misc]
-                lambda job=job: peer(job, arguments.lists),  # type: ignore[misc]
+                lambda job=job: peer(job, arguments.tensors),  # type: ignore[misc]
             ]
             order = (0, 1) if pair % 2 == 0 else (1, 0)
             found = {side: per_code(sides[side]()[1]) for side in order}
@@ -219,7 +220,7 @@ def compare(decoder: Decoder, batch: int, arguments: argparse.Namespace) -> None
     if arguments.whole:
         job = Job(decoder, batch, 0, SIDE, 0)
         taken = []
-        for side in (lambda: ours(job, arguments.compile), lambda: peer(job, arguments.lists)):
+        for side in (lambda: ours(job, arguments.compile), lambda: peer(job, arguments.tensors)):
             start = now()
             side()
             end = now()
@@ -309,7 +310,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--late", action="store_true", help="the last rows of a picture too")
     parser.add_argument("--whole", action="store_true", help="a whole picture too, once")
-    parser.add_argument("--lists", action="store_true", help="the peer's allowed ids as lists")
+    parser.add_argument("--tensors", action="store_true", help="the peer's allowed ids as tensors")
     parser.add_argument("--compile", action="store_true", help="our step through torch.compile")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

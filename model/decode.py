@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache as memoize
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,8 +73,8 @@ class Matrix:
         whole = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
         if scales is not None:
             return cls([whole], [torch.cat(list(scales))])
-        half = whole.dtype in (torch.float32, torch.bfloat16)
-        if whole.device.type != "cpu" or not half or not packs():
+        known = whole.dtype in (torch.float32, torch.bfloat16)
+        if whole.device.type != "cpu" or not known or not packs():
             return cls([whole.contiguous()], None)
         packed = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), rows)
         return cls([whole[:0]], None, packed)
@@ -153,9 +154,10 @@ class Layout:
         self.rows = rows
         self.compile = compile
         shape, dtype = decoder.config.shape, decoder.compute
+        layers = decoder.model.layers
         size = sum(
-            parameter.numel() * torch.empty((), dtype=dtype).element_size()
-            for parameter in decoder.model.layers.parameters()
+            one.numel() * (1 if one.dtype == torch.int8 else dtype.itemsize)
+            for one in chain(layers.parameters(), layers.buffers())
         )
         # Inductor has products of its own and takes no opaque layout.
         self.copy = size <= COPIES and not compile
@@ -241,6 +243,9 @@ class Decoding:
         sign[: shape.channels // 2] = -1
         self.sin = sin * sign
         self.graphs: dict[tuple[int, int], _Graph] = {}
+        """By K and positions seen."""
+        # One after the other runs, and its result is copied, so that they may share their memory.
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def prefill(self, contexts: Sequence[Sequence[int]]) -> Tensor:
         """Begin each row with its context; hidden states [R, D] behind it.
@@ -315,13 +320,14 @@ class Decoding:
         return hidden[torch.arange(rows, device=self.device), (places - 1).clamp(min=0)]
 
     def _step(self, ids: Tensor, seen: int) -> Tensor:
+        seen = min(seen, self.cache.length)
+        if self.layout.compile or self.device.type == "cuda":
+            seen = bucket(seen, self.cache.length)
         if self.device.type != "cuda":
-            # Compiled code is made for one length or for any; the exact one costs nothing.
-            seen = bucket(seen, self.cache.length) if self.layout.compile else seen
             return self._hidden(ids, self.starts, seen)
-        key = (ids.shape[1], bucket(seen, self.cache.length))
+        key = (ids.shape[1], seen)
         if key not in self.graphs:
-            self.graphs[key] = _Graph(self._hidden, ids, self.starts, key[1])
+            self.graphs[key] = _Graph(self._hidden, ids, self.starts, seen, self.pool)
         return self.graphs[key](ids, self.starts)
 
     def _hidden(self, ids: Tensor, starts: Tensor, seen: int) -> Tensor:
@@ -377,6 +383,7 @@ class _Graph:
         ids: Tensor,
         starts: Tensor,
         seen: int,
+        pool: Any,
     ) -> None:
         self.ids, self.starts = ids.clone(), starts.clone()
         # Kernels are compiled and libraries set up on the first runs, which no graph may hold. They
@@ -388,7 +395,7 @@ class _Graph:
                 step(self.ids, self.starts, seen)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.hidden = step(self.ids, self.starts, seen)
 
     def __call__(self, ids: Tensor, starts: Tensor) -> Tensor:

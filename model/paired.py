@@ -331,6 +331,10 @@ def _noise(keys: tuple[tuple[int, ...], ...], device: torch.device) -> Noise:
 # --- outside -------------------------------------------------------------------------------
 
 
+class OutOfStep(Exception):
+    """The rows of a draft parted, and nothing was drawn from them."""
+
+
 class Writing:
     """One draft, as it is sent stretch by stretch."""
 
@@ -359,7 +363,7 @@ class Writing:
         return [[*own, *self.ids], *twins]
 
     def stretch(self, name: str) -> Stretch:
-        """What goes with each of them."""
+        """What goes with each of them; also to go on where a stretch broke off."""
         self.course.due.clear()  # `prompts` has what is given
         return Stretch(
             name=name,
@@ -376,12 +380,12 @@ class Writing:
     def read(self, token: int, rows: int) -> bool:
         """Go on by one id that the first of `rows` requests wrote; whether the stretch is over.
 
-        Raises `ValueError` for an id that the grammar does not have there: PAD, if the rows were
-        not in step.
+        Raises `OutOfStep` if the request ended before its stretch did, `ValueError` for an id that
+        the grammar does not have there.
         """
         if token == self.end:
             if self.rows == rows:
-                raise ValueError("not in step")
+                raise OutOfStep(f"its {rows} requests were not computed together")
             return True
         new, shared = self.course.read(token)
         self.ids += new

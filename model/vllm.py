@@ -25,7 +25,7 @@ from unimodal.model.decoder import DecoderConfig
 from unimodal.model.export import DTYPES, export_model
 from unimodal.model.generate import Draft, Drawing, Watch
 from unimodal.model.naming import read_config
-from unimodal.model.paired import ARGUMENT, Writing
+from unimodal.model.paired import ARGUMENT, OutOfStep, Writing
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.scorers.weights import fingerprint
 from unimodal.tokenize.vocabulary import Vocabulary
@@ -208,10 +208,7 @@ class VllmBackend:
         """Take over what the conditional row has written; whether that is worth telling."""
         over, before = False, len(writing.ids)
         for token in output.outputs[0].token_ids:
-            try:
-                over = writing.read(token, one.rows)
-            except ValueError as error:
-                raise UnimodalError(lost(one.number, writing, error)) from None
+            over = follow(one.number, writing, token, one.rows)
         if output.finished and not over and writing.rows:
             raise UnimodalError(uncalled(one.number))
         return len(writing.ids) > before + 1 or not writing.course.walk.blind
@@ -229,13 +226,17 @@ class _Running:
     """Of the cache, to its end."""
 
 
-def lost(number: int, writing: Writing, error: object) -> str:
-    """What to say of a draft whose rows parted."""
-    return (
-        f"the rows of draft {number} fell out of step in vLLM behind {len(writing.ids)} ids "
-        f"({error}), and nothing was drawn from them: give vLLM more memory or fewer rows, or use "
-        "the torch backend"
-    )
+def follow(number: int, writing: Writing, token: int, rows: int) -> bool:
+    """`Writing.read`, with what to say of draft `number` where that cannot be."""
+    try:
+        return writing.read(token, rows)
+    except OutOfStep as error:
+        raise UnimodalError(
+            f"draft {number} fell out of step in vLLM behind {len(writing.ids)} ids ({error}; "
+            "nothing was drawn): give vLLM more memory or fewer rows, or use the torch backend"
+        ) from error
+    except ValueError as error:
+        raise UnimodalError(f"{uncalled(number)} ({error})") from error
 
 
 def uncalled(number: int) -> str:

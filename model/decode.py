@@ -366,7 +366,7 @@ class Decoding:
 
 def bucket(length: int, most: int) -> int:
     """`length` rounded up to one of few, at most a quarter more from 1,024 on; `most` at most."""
-    step = max(256, 1 << (length.bit_length() - 3))
+    step = max(256, 1 << max(0, length.bit_length() - 3))
     return min(-(-length // step) * step, most)
 
 

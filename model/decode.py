@@ -34,6 +34,9 @@ COPIES = 2 * 2**30
 """Bytes that matrices laid out for decoding may take beside the decoder's own; beyond, the
 decoder's are used. Weights that large are read from memory no faster for it."""
 
+RECOMPILES = 64
+"""Shapes that a step may be compiled for in one process, where torch would give up at 8."""
+
 
 @memoize
 def packs() -> bool:
@@ -168,6 +171,10 @@ class Layout:
             ]
         self.block: Callable[..., Tensor] = _block
         if compile:
+            # One code serves every layer; it is made again for other shapes: K of 1 and 2, another
+            # number of rows, the first change of the cache's part that is seen.
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, RECOMPILES)
             self.block = torch.compile(_block, fullgraph=True)
         self.eps = shape.norm_eps
 

@@ -23,6 +23,7 @@ from unimodal.model.choice import Choice
 from unimodal.model.decoder import Decoder
 from unimodal.model.generate import Backend, Draft, Drawing, TorchBackend, Watch
 from unimodal.model.grammar import BlockGrammar, DocumentGrammar, size_tree, text_grammar
+from unimodal.model.quantize import WEIGHTS, convert
 from unimodal.model.recipe import RECIPES, SamplingSettings
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.progress import Progress
@@ -179,6 +180,8 @@ class Sampler:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if backend not in ("torch", "vllm"):
             raise UsageError(f"backend {backend}: torch or vllm")
+        if weights is not None and weights not in WEIGHTS:
+            raise UsageError(f"weights {weights!r} are not one of {', '.join(WEIGHTS)}")
         top, step = find(path)
         parts = emu3.load(path, device, tokenizer, kind) if emu3.is_emu3(path) else None
         if backend == "vllm":
@@ -191,6 +194,8 @@ class Sampler:
                 emu3.check_room(path, device, dtype)
             decoder = load_decoder(step, device, dtype)
             decoder.compute = dtype  # in another one, steps would hold the matrices twice
+            if weights is not None:
+                convert(decoder, weights)
         if parts is None:
             if tokenizer is not None or kind is not None:
                 what = "kind" if tokenizer is None else "tokenizer"
@@ -213,6 +218,8 @@ class Sampler:
             from unimodal.model.vllm import VllmBackend
 
             made.backend = VllmBackend.load(path, made.vocabulary, weights)
+        elif compile:
+            made.backend = TorchBackend(decoder, batch, compile)
         return made
 
     @classmethod

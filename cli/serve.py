@@ -67,6 +67,7 @@ def serve(
     """
     from unimodal.cli import console
     from unimodal.model import serve as server
+    from unimodal.model import tasks
     from unimodal.model.asked import Limits
     from unimodal.model.guard import LOOPBACK
     from unimodal.pipeline.errors import UsageError
@@ -92,7 +93,6 @@ def serve(
     server.check_installed()
     source = console.from_stdin(checkpoint)
     listener = server.listening(host, port)  # before the weights are loaded: it may be taken
-    from unimodal.model import tasks
     from unimodal.model.sample import Sampler
     from unimodal.tokenize.device import usable
 

@@ -30,7 +30,6 @@ from unimodal.model.asked import (
     size_of,
     within,
 )
-from unimodal.model.checkpoint import find, read_json
 from unimodal.model.queue import Queue
 from unimodal.pipeline.errors import MediaError, UnimodalError
 from unimodal.tokenize.document import block_length
@@ -114,6 +113,8 @@ class Service:
 
 def learned(checkpoint: Path) -> dict[str, int] | None:
     """Documents of each task that a checkpoint was trained on, None where it does not say."""
+    from unimodal.model.checkpoint import find, read_json
+
     file = find(checkpoint)[0] / "data.json"
     about = read_json(file) if file.is_file() else {}
     # Nothing was noted of captions alone.

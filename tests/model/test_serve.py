@@ -574,9 +574,9 @@ def test_an_address_that_is_taken_is_named() -> None:
         port = one.getsockname()[1]
         assert serve.address("127.0.0.1", one) == f"http://127.0.0.1:{port}/"
         assert serve.address("0.0.0.0", one) == f"http://127.0.0.1:{port}/"
-        with pytest.raises(UsageError, match=f"{port} cannot be listened on"):
+        with pytest.raises(UsageError, match=f"{port} cannot be"):
             serve.listening("127.0.0.1", port)
-    with pytest.raises(UsageError, match="nowhere.invalid"):
+    with pytest.raises(UsageError, match=r"nowhere\.invalid"):
         serve.listening("nowhere.invalid", 0)
 
 

@@ -54,6 +54,7 @@ def curate(
     same command does only what is missing.
     """
     from unimodal.cli import console
+    from unimodal.cli.stages import captioner
     from unimodal.pipeline import presets, run
     from unimodal.pipeline.settings import build
 
@@ -76,6 +77,7 @@ def curate(
         captions=captions,
         verify=verify,
         retry_quarantined=retry,
+        captioner=captioner(settings),
     )
     tell_result(made, json, quiet)
     if strict and made.quarantined:

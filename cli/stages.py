@@ -19,10 +19,12 @@ from unimodal.cli import options
 from unimodal.cli.options import Engine
 
 if TYPE_CHECKING:
+    from unimodal.pipeline.captioning.describe import Open
     from unimodal.pipeline.decide import Turn
     from unimodal.pipeline.presets import CurateSettings
     from unimodal.pipeline.progress import Progress
     from unimodal.pipeline.run import Run
+    from unimodal.pipeline.work import Describing
 
 RunDir = Annotated[
     str | None,
@@ -189,23 +191,90 @@ def decide(
 
 def caption(
     run: RunDir = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--source", help="sidecar, endpoint, vllm or checkpoint.", metavar="NAME"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Its name at the server, its id, or its folder.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Of the server: http://localhost:8000/v1.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What to ask: a name, or FILE.toml.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option("--language", help="Of prompt and answers: en, zh, ….")
+    ] = None,
     sets: options.Sets = None,
     captions: Annotated[
         Path | None,
         typer.Option("--captions", help="Table with the columns path and caption (filter only)."),
     ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry-failed", help="Ask again for what failed, and only that too.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="At most N requests, to try a model.", min=1)
+    ] = None,
+    engine: EngineOption = Engine.auto,
+    address: options.Address = None,
+    plan: options.Plan = False,
+    strict: options.Strict = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Take up captions that lie beside the media, or come in a table."""
+    """Have a model describe the kept clips; take up captions that lie beside the media.
+
+    What was described stays so, and is not asked for again; another model or prompt begins anew.
+    """
+    from unimodal.cli import console
     from unimodal.pipeline import filter
     from unimodal.pipeline.caption import read_given
+    from unimodal.pipeline.errors import UsageError
+    from unimodal.pipeline.work import Describing
 
-    def rows(r: Rows, s: CurateSettings, p: Progress) -> Rows:
-        return filter.caption_rows(r, s, read_given(captions), p)
+    said = {"source": source, "model": model, "url": url, "prompt": prompt, "language": language}
+    given = {f"caption.{key}": value for key, value in said.items() if value is not None}
+    if run is None:
+        if plan or retry or limit is not None:
+            raise UsageError("--plan, --retry-failed and --limit are for a run directory: name one")
 
-    _run(run, (), None, sets, {}, json_, quiet, rows)
+        def rows(r: Rows, s: CurateSettings, p: Progress) -> Rows:
+            opened = captioner(s)
+            return filter.caption_rows(r, s, read_given(captions), p, opened, engine.value, address)
+
+        _run(None, (), None, sets, {}, json_, quiet, rows, over=given)
+        return
+    if captions is not None:
+        raise UsageError("--captions is for rows on standard input; a run takes it from curate")
+    run = console.from_stdin(run)
+    if plan:
+        _caption_plan(run, sets, given, retry, json_)
+        return
+    driver = {"engine": engine.value, "address": address}
+    asking = Describing(retry_failed=retry, limit=limit)
+    made = _update(run, (), None, sets, driver, json_, quiet, over=given, asking=asking)
+    _strictly(made, strict)
+
+
+def captioner(settings: CurateSettings) -> Open | None:
+    """Who opens the source of captions, where it is one that the pipeline does not know."""
+    return None
+
+
+def _caption_plan(
+    path: str, sets: list[str] | None, given: dict[str, str], retry: bool, as_json: bool
+) -> None:
+    from unimodal.cli import console
+    from unimodal.pipeline.captioning.forecast import forecast
+    from unimodal.pipeline.run import Run
+
+    run = Run.open(path)
+    found = forecast(run, _changed(run, None, sets, over=given), retry)
+    console.plan(f"captions of {path}: what would be asked", found, as_json)
 
 
 def report(
@@ -235,8 +304,9 @@ def _run(
     quiet: bool,
     rows: Filter,
     only: str | None = None,
+    over: dict[str, str] | None = None,
 ) -> None:
-    """A stage on a run directory if one is named, else as a filter."""
+    """A stage on a run directory if one is named, else as a filter; `over` are single settings."""
     from unimodal.cli import console
     from unimodal.pipeline import filter
     from unimodal.pipeline.errors import UsageError
@@ -246,7 +316,7 @@ def _run(
         return
     if sys.stdin.isatty():
         raise UsageError("name a run directory, or pipe rows in: unimodal cut videos/ | unimodal …")
-    settings = _settings(preset or "best", sets)
+    settings = _settings(preset or "best", sets, over)
     _write(rows(filter.read_rows(sys.stdin), settings, console.progress(quiet)))
 
 
@@ -259,7 +329,11 @@ def _update(
     as_json: bool,
     quiet: bool,
     only: str | None = None,
+    over: dict[str, str] | None = None,
+    asking: Describing | None = None,
 ) -> Run:
+    from dataclasses import replace
+
     from unimodal.cli import console
     from unimodal.cli.curate import tell_result
     from unimodal.pipeline.errors import UsageError
@@ -268,16 +342,22 @@ def _update(
     before = Run(Path(run))
     if not (before.path / "run.json").exists():
         raise UsageError(f"{run}: not a finished run directory (it has no run.json)")
-    settings = _changed(before, preset, sets, only)
+    settings = _changed(before, preset, sets, only, over)
+    if asking is not None:
+        asking = replace(asking, opened=captioner(settings))
     skip = tuple(name for name in settings.skip if name not in stages)
     settings = settings.model_copy(update={"skip": skip})
-    made = update(run, settings, progress=console.progress(quiet), **driver)
+    made = update(run, settings, progress=console.progress(quiet), describing=asking, **driver)
     tell_result(made, as_json, quiet)
     return made
 
 
 def _changed(
-    run: Run, preset: str | None, sets: list[str] | None, only: str | None = None
+    run: Run,
+    preset: str | None,
+    sets: list[str] | None,
+    only: str | None = None,
+    over: dict[str, str] | None = None,
 ) -> CurateSettings:
     """The run's settings with a preset's (or one group of it) and the user's changes."""
     from unimodal.pipeline.presets import CurateSettings, preset_layer
@@ -287,7 +367,16 @@ def _changed(
     if preset is not None:
         groups = _groups(preset_layer(preset))
         layers = [{**run.info["settings"], **({only: groups[only]} if only else groups)}]
-    return build(CurateSettings, *layers, sets=sets or [])
+    return build(CurateSettings, *layers, *_layers(over), sets=sets or [])
+
+
+def _layers(over: dict[str, str] | None) -> list[dict[str, Any]]:
+    """Dotted settings whose values are text as it is, and not TOML."""
+    found: list[dict[str, Any]] = []
+    for key, value in (over or {}).items():
+        group, _, name = key.partition(".")
+        found.append({group: {name: value}})
+    return found
 
 
 def _groups(layer: dict[str, Any]) -> dict[str, Any]:
@@ -302,11 +391,13 @@ def _groups(layer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _settings(preset: str, sets: list[str] | None) -> CurateSettings:
+def _settings(
+    preset: str, sets: list[str] | None, over: dict[str, str] | None = None
+) -> CurateSettings:
     from unimodal.pipeline.presets import CurateSettings, preset_layer
     from unimodal.pipeline.settings import build
 
-    return build(CurateSettings, preset_layer(preset), sets=sets or [])
+    return build(CurateSettings, preset_layer(preset), *_layers(over), sets=sets or [])
 
 
 def _what_if(path: str, preset: str | None, sets: list[str] | None, as_json: bool) -> None:

@@ -23,7 +23,16 @@ import pyarrow as pa
 from unimodal.pipeline import caption, decide, dedup, score, watch
 from unimodal.pipeline import stages as stages_of
 from unimodal.pipeline.again import look_again
+from unimodal.pipeline.captioning import describe
+from unimodal.pipeline.captioning.requests import (
+    Request,
+    count_of,
+    prepared,
+    requests_of,
+    without_frames,
+)
 from unimodal.pipeline.clips import CLIPS, WATCH, read_parquet
+from unimodal.pipeline.engine import choose
 from unimodal.pipeline.errors import MediaError, UsageError
 from unimodal.pipeline.frames import Clip, read_clip
 from unimodal.pipeline.presets import CurateSettings
@@ -152,10 +161,24 @@ def decide_rows(rows: Iterable[Row], settings: CurateSettings) -> Iterator[Row]:
 
 
 def caption_rows(
-    rows: Iterable[Row], settings: CurateSettings, given: caption.Given, progress: Progress
+    rows: Iterable[Row],
+    settings: CurateSettings,
+    given: caption.Given,
+    progress: Progress,
+    opened: describe.Open | None = None,
+    engine: str = "auto",
+    address: str | None = None,
 ) -> Iterator[Row]:
-    """Rows with the captions that were given or lie beside their source."""
+    """Rows with captions: given, beside their source, or of a model if the settings name one.
+
+    All rows are read before the first is written. A model is not asked for rows whose verdict is
+    drop. `opened` opens a source that `describe.open_source` does not know.
+    """
     held = list(rows)
+    said: dict[str, list[Row]] = {}
+    if settings.caption.by_model:
+        opened = opened or (lambda own: describe.open_source(own, choose(engine, address), address))
+        said = _described(held, settings, progress, opened)
     uris = {uri for row in held for uri in (row["uri"], *(row.get("aliases") or ()))}
     sidecars = caption.find_sidecars(sorted(uris), settings.caption.sidecar)
     for row in held:
@@ -170,7 +193,39 @@ def caption_rows(
                 except (OSError, ValueError) as error:
                     progress.note(f"{path}: {error}")
         captions = caption.for_clip(found, row.get("start_s"), row.get("end_s"))
+        own = said.get(row["uid"], [])
+        captions = own + captions if settings.caption.first == "model" else captions + own
         yield {**row, "captions": captions}
+
+
+def _described(
+    rows: Sequence[Row], settings: CurateSettings, progress: Progress, opened: describe.Open
+) -> dict[str, list[Row]]:
+    """What a model says of rows, by uid."""
+    own, prompt = settings.caption, describe.prompt_of(settings.caption)
+    unique = {row["uid"]: row for row in rows if row.get("verdict") != "drop"}
+
+    def requests() -> Iterator[Request]:
+        for row in unique.values():
+            try:
+                yield from requests_of(_clip(row, settings), own)
+            except (MediaError, OSError) as error:
+                yield from without_frames(row, own, str(error))
+
+    captioner = opened(own)
+    found = []
+    progress.begin("captions", sum(count_of(row, own) for row in unique.values()), "requests")
+    try:
+        for answer in describe.answered(prepared(requests(), own, 16), captioner, own, prompt):
+            progress.advance("captions")
+            found.append(answer)
+            if answer["status"] != "ok":
+                uri, detail = unique[answer["uid"]]["uri"], answer["detail"]
+                progress.note(f"{uri}: {answer['status']}" + (f" ({detail})" if detail else ""))
+    finally:
+        captioner.close()
+        progress.end("captions")
+    return describe.by_clip(sorted(found, key=lambda one: (one["uid"], one["piece"])))
 
 
 def _clip(row: Row, settings: CurateSettings) -> Clip:

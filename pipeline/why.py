@@ -38,7 +38,11 @@ PLACE = (
 )
 """Columns that say where a clip is."""
 
-READS = {"watch": ("cut", "flow", "light", "keyframes", "limits"), "match": ("embed",)}
+READS = {
+    "watch": ("cut", "flow", "light", "keyframes", "limits"),
+    "match": ("embed",),
+    "describe": ("caption", "keyframes"),
+}
 """Groups of settings that a stage depends on, where they are not called like the stage."""
 
 _HEX = re.compile(r"[0-9a-f]{1,32}")
@@ -127,6 +131,7 @@ def _clip(run: Run, row: int) -> dict[str, Any]:
         "scores": scores,
         "duplicates": _duplicates(run, clip["dup_group"]),
         "captions": clip["captions"] or [],
+        "described": _described(run, clip["uid"]),
         "meta": dict(clip["meta"] or []),
         "frames": {
             "tar": str(run.frames_tar(clip["part"])),
@@ -165,6 +170,19 @@ def _rules(run: Run, clip: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _described(run: Run, uid: str) -> dict[str, Any] | None:
+    """How a model came to describe a clip: prompt, tries, tokens; None if none was asked."""
+    folder = run.info["stages"].get("describe")
+    if folder is None:
+        return None
+    from unimodal.pipeline.captioning.store import Store
+
+    store = Store(run.path / folder)
+    rows = store.rows()
+    mine = rows.filter(pc.equal(rows.column("uid"), uid)).drop_columns(["captions"]).to_pylist()
+    return {"prompt": store.asked(), "requests": mine} if mine else None
 
 
 def _duplicates(run: Run, group: str | None) -> list[dict[str, Any]]:
@@ -293,7 +311,22 @@ def _clip_lines(found: Mapping[str, Any]) -> Iterable[str]:
     yield from ("", "captions" if found["captions"] else "no captions")
     for caption in found["captions"]:
         told = [str(caption[k]) for k in ("style", "lang", "model", "status") if caption[k]]
-        yield f"  {caption['text'] or 'none'}  ({', '.join(told)})"
+        when = ""
+        if caption["start_s"] is not None:
+            when = f"{stamp(caption['start_s'])} to {stamp(caption['end_s'])}: "
+        yield f"  {when}{caption['text'] or 'none'}  ({', '.join(told)})"
+    if found["described"]:
+        asked = found["described"]["prompt"]
+        yield (
+            f"  asked with prompt {asked.get('prompt')} {asked.get('version')} "
+            f"({asked.get('language')}, {asked.get('hash')}) of {asked.get('model')}"
+        )
+        for row in found["described"]["requests"]:
+            yield (
+                f"  piece {row['piece']}: {row['status']}, {row['tries']} tries, "
+                f"{row['prompt_tokens']} tokens read, {row['output_tokens']} written"
+                + (f"; {row['detail']}" if row["detail"] else "")
+            )
     if found["meta"]:
         yield from ("", "came along")
         yield from (f"  {key}: {value}" for key, value in found["meta"].items())

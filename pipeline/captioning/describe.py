@@ -210,13 +210,13 @@ def missing(
     return wanted, requests
 
 
-def captions_by_clip(store: Store) -> dict[str, list[dict[str, Any]]]:
-    """All captions of the store, rows of `clips.CAPTION` by uid, in order of time.
+def by_clip(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Captions of answers sorted by uid and piece: rows of `clips.CAPTION` by uid.
 
-    Those of a clip's first style come first, so that the shortest is the one to use.
+    Style by style, in order of time; the prompt's first style is the one to use.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in store.rows(["uid", "captions"]).to_pylist():  # sorted by uid, then piece
+    for row in rows:
         found.setdefault(row["uid"], []).extend(row["captions"] or [])
     for captions in found.values():
         order = {style: i for i, style in enumerate(dict.fromkeys(c["style"] for c in captions))}
@@ -226,7 +226,7 @@ def captions_by_clip(store: Store) -> dict[str, list[dict[str, Any]]]:
 
 def with_descriptions(clips: pa.Table, store: Store, first: str) -> pa.Table:
     """Clips with the store's captions beside those of people; `first` is model or people."""
-    found = captions_by_clip(store)
+    found = by_clip(store.rows(["uid", "captions"]).to_pylist())
     at = clips.schema.get_field_index("captions")
     rows = []
     pairs = clips.select(["uid", "captions"]).to_pylist()

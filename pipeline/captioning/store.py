@@ -133,6 +133,11 @@ class Store:
                 text = json.dumps(dict(asked), indent=1, ensure_ascii=False)
                 temporary.write_text(text + "\n", encoding="utf-8")
 
+    def asked(self) -> dict[str, Any]:
+        """What `note` wrote down; empty if nothing was asked yet."""
+        file = self.folder / "prompt.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
     def totals(self) -> dict[str, Any]:
         """What it took, over all passes."""
         rows = self.rows()

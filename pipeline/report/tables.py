@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,8 +26,11 @@ def captions(facts: Facts) -> Html | None:
     column = facts.clips.column("captions").combine_chunks()
     if not pc.any(pc.greater(pc.list_value_length(column), 0)).as_py():
         return None
-    has = pc.fill_null(pc.greater(pc.list_value_length(column), 0), False)
-    with_caption = has.to_numpy(zero_copy_only=False) & facts.kept
+    said = pc.list_flatten(column)
+    written = pc.greater(pc.fill_null(pc.utf8_length(said.field("text")), 0), 0)
+    has = np.zeros(len(column), bool)  # a model may have failed: then there is a row, but no text
+    has[pc.list_parent_indices(column).filter(written).to_numpy()] = True
+    with_caption = has & facts.kept
     flat = column.filter(pa.array(facts.kept)).flatten()
     groups = pa.table(
         {
@@ -43,6 +47,7 @@ def captions(facts: Facts) -> Html | None:
         h(
             "p",
             f"{int(with_caption.sum()):,} of {kept:,} kept clips have a caption.",
+            _asked(facts.run.info.get("captions")),
             class_="note",
         )
         + table(
@@ -59,6 +64,19 @@ def captions(facts: Facts) -> Html | None:
                 for row in rows[:40]
             ),
         )
+    )
+
+
+def _asked(told: Mapping[str, Any] | None) -> str:
+    """What it took to have a model write them."""
+    if not told:
+        return ""
+    failed = sum(told["failed"].values())
+    rate = (told["last"] or {}).get("output_tokens_per_s")
+    return (
+        f" A model was asked {told['tries']:,} times for {told['requests']:,} descriptions, and "
+        f"{failed:,} failed; it read {told['prompt_tokens']:,} tokens and wrote "
+        f"{told['output_tokens']:,}" + (f", at last {rate:,.0f} a second." if rate else ".")
     )
 
 

@@ -536,6 +536,17 @@ def test_a_checkpoint_samples_after_a_move_and_by_step(checkpoint: Path, tmp_pat
     assert np.array_equal(picture, again)
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_a_checkpoint_is_loaded_with_the_weights_that_are_asked_for(
+    checkpoint: Path, weights: str
+) -> None:
+    sampler = Sampler.load(checkpoint, device="cpu", weights=weights)
+    assert sampler.decoder.lm_head.weight.dtype == getattr(torch, weights)
+    assert sampler.images(["picture 1"], size=(16, 24))[0][0].shape == (16, 24, 3)
+    with pytest.raises(UsageError, match="weights 'int3' are not one of float32, bfloat16, int8"):
+        Sampler.load(checkpoint, weights="int3")
+
+
 def test_training_leaves_a_grid_of_samples(checkpoint: Path) -> None:
     import PIL.Image
 

@@ -2,6 +2,7 @@
 
     python benchmarks/sampling.py                                   the table of the docs
     python benchmarks/sampling.py --widths 192 --batches 1 --rows 4 one line of it, soon
+    python benchmarks/sampling.py --smaller                         bfloat16, int8 and float32
     python benchmarks/sampling.py --device cuda --dtype bfloat16    1.4 B against the memory
 
 Emu3's 184,622 ids, a grid of 32x32 codes, guidance 3, top-k 2048, the same random weights.
@@ -31,6 +32,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -43,6 +45,7 @@ from unimodal.model.decoder import Decoder, DecoderConfig, Shape, parameter_coun
 from unimodal.model.generate import Draft, Drawing, TorchBackend
 from unimodal.model.grammar import BlockGrammar
 from unimodal.model.naming import config_record
+from unimodal.model.quantize import WEIGHTS, convert, weight_bytes
 from unimodal.tokenize.text import TextTokenizer
 from unimodal.tokenize.vocabulary import (
     EMU3_CODEBOOK_SIZE,
@@ -248,6 +251,25 @@ def show(
     )
 
 
+def smaller(decoder: Decoder, batch: int, arguments: argparse.Namespace) -> None:
+    """Print our time and the bytes held for each kind of weights; they take turns."""
+    copies = {one: convert(deepcopy(decoder), one) for one in WEIGHTS}
+    found: dict[str, list[tuple[float, ...]]] = {one: [] for one in WEIGHTS}
+    for pair in range(arguments.pairs):
+        for one in WEIGHTS if pair % 2 == 0 else reversed(WEIGHTS):
+            job = Job(copies[one], batch, 0, arguments.rows + 1, pair)
+            found[one].append(per_code(ours(job, arguments.compile)[1]))
+    for one, copy in copies.items():
+        wall, cpu = (statistics.median(clock) for clock in zip(*found[one], strict=True))
+        times = zip(found["float32"], found[one], strict=True)
+        ratio = statistics.median(whole[1] / small[1] for whole, small in times)
+        print(
+            f"| {decoder.config.shape.width} | {batch} | {one} | {weight_bytes(copy) / 2**20:.0f} "
+            f"| {wall:.1f} ({cpu:.1f}) | {ratio:.2f} |",
+            flush=True,
+        )
+
+
 def against_memory(arguments: argparse.Namespace) -> None:
     """Our steps on a GPU against the time in which a copy moves as many bytes as they read."""
     device = torch.device(arguments.device)
@@ -311,6 +333,7 @@ def main() -> None:
     parser.add_argument("--late", action="store_true", help="the last rows of a picture too")
     parser.add_argument("--whole", action="store_true", help="a whole picture too, once")
     parser.add_argument("--tensors", action="store_true", help="the peer's allowed ids as tensors")
+    parser.add_argument("--smaller", action="store_true", help="bfloat16 and int8 beside float32")
     parser.add_argument("--compile", action="store_true", help="our step through torch.compile")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -319,6 +342,15 @@ def main() -> None:
         against_memory(arguments)
         return
     load = f"load average {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores"
+    if arguments.smaller:
+        torch.set_num_threads(arguments.threads[0])
+        print("| width | pictures | weights | MiB | ms per code | times faster, CPU time |")
+        print("|---:|---:|---|---:|---:|---:|", flush=True)
+        for width in arguments.widths:
+            decoder = Decoder(DecoderConfig(SHAPES[width], VOCABULARY.size, 2048), seed=0).eval()
+            for batch in arguments.batches:
+                smaller(decoder, batch, arguments)
+        return
     print(f"torch {torch.__version__}, {load}; milliseconds for a code of every picture,")
     print("wall time and in brackets CPU time\n")
     print("| width | pictures | threads | what | ours | generate | times faster | bound |")

@@ -34,6 +34,7 @@ SHARE = 0.1
 """Of the time, what previews may cost."""
 MOST_SHOWN = 8
 """Pictures that are shown growing at a time."""
+GREY = 127
 DIM = 0.35
 """Brightness of what is not drawn yet."""
 TALL = 24
@@ -152,7 +153,12 @@ class Painter:
 
     def __call__(self, partials: Sequence[Partial]) -> list[np.ndarray]:
         """uint8 [H, W, 3] of each; of a latent frame the last of its pictures."""
-        filled = [np.where(one.codes < 0, self.neutral, one.codes)[None] for one in partials]
+        filled = []
+        for one in partials:
+            # Rows far below what is drawn are grey anyway: decoding them would cost the most.
+            known = np.flatnonzero((one.codes >= 0).any(1))
+            codes = one.codes[: known[-1] + 2] if len(known) else one.codes[:1]
+            filled.append(np.where(codes < 0, self.neutral, codes)[None])
         painted: list[np.ndarray] = [np.empty(0)] * len(partials)
         for still in (True, False):
             mine = [i for i, one in enumerate(partials) if (one.frame is None) == still]
@@ -162,11 +168,13 @@ class Painter:
         return painted
 
 
-def _dimmed(picture: np.ndarray, part: Partial) -> np.ndarray:
-    """`picture` with what is not drawn yet dim."""
+def _dimmed(top: np.ndarray, part: Partial) -> np.ndarray:
+    """A picture of which the `top` was decoded, with what is not drawn yet dim."""
     height, width = part.codes.shape
     mask = np.arange(height * width).reshape(height, width) < part.drawn
-    scale = picture.shape[0] // height
+    scale = top.shape[1] // width
+    picture = np.full((height * scale, width * scale, 3), GREY, np.uint8)
+    picture[: len(top)] = top
     light = np.where(mask, 1.0, DIM).repeat(scale, 0).repeat(scale, 1)
     return (picture * light[..., None]).astype(np.uint8)
 
@@ -287,11 +295,12 @@ class Show:
 
     def begin(self, sampler: Sampler, drafts: Sequence[Draft], names: Sequence[str]) -> None:
         """Sequences begin, which will be files of these names."""
-        self.meter.begin([_choices(draft) for draft in drafts])
         self.drafts, self.names, self.latest, self.told = drafts, names, {}, {}
         self.vocabulary = sampler.vocabulary
-        if self.painter is None and self.stream:
+        if self.painter is None and self.stream and self.words is None:
             self.painter = Painter(sampler)
+            _ = self.painter.neutral  # once, before time is taken
+        self.meter.begin([_choices(draft) for draft in drafts])
         if self.terminal and self.live is None and self.words is None:
             from rich.console import Console
             from rich.live import Live

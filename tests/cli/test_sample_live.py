@@ -108,12 +108,13 @@ def test_a_picture_of_the_models_own_size_is_seen_once_its_size_is_written() -> 
 
 def test_what_is_not_drawn_is_grey_and_dim() -> None:
     sampler = Fake()
-    part = Partial(np.array([[60, 61, -1], [-1, -1, -1]]), 2)
+    part = Partial(np.array([[60, 61, -1], *[[-1, -1, -1]] * 3]), 2)
     (picture,) = Painter(sampler)([part])  # type: ignore[arg-type]
-    assert sampler.decoded[0].tolist() == [[[60, 61, 7], [7, 7, 7]]]
-    assert picture.shape == (16, 24, 3)
+    assert sampler.decoded[0].tolist() == [[[60, 61, 7], [7, 7, 7]]]  # no row that tells nothing
+    assert picture.shape == (32, 24, 3)
     assert (picture[:8, :8] == 60).all() and (picture[:8, 8:16] == 61).all()
-    assert (picture[8:] == int(7 * live.DIM)).all()
+    assert (picture[8:16] == int(7 * live.DIM)).all()
+    assert (picture[16:] == int(live.GREY * live.DIM)).all()
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,9 @@ class Noise:
         """float32 [P, K] for ids int64 [K] or [P, K] at the `steps`-th choice (an int, or int64
         [P]), of all sequences or of `rows` alone."""
         keys = self.keys if rows is None else self.keys[rows]
-        step = torch.as_tensor(steps, device=keys.device).to(torch.int32).expand(len(keys))
-        salt = _hash(step[:, None] + keys)  # [P, 2]
+        if isinstance(steps, Tensor):
+            steps = steps.to(keys.device, torch.int32)[..., None]
+        salt = _hash(keys + steps)  # [P, 2]
         bits = _hash(_hash(ids.to(torch.int32) ^ salt[:, :1]) + salt[:, 1:])
         # (bits + 1/2) / 2^32 of the bits as unsigned; float32 keeps small values, the likeliest
         # winners, to a relative 2^-24.

@@ -136,7 +136,8 @@ class _Batch:
         step, unseen = 0, 0
         while live:
             chosen = self._choose(hidden, live, step)  # int64 [P]
-            self.chosen[live, step] = chosen
+            # By a list of rows only where it must be: that waits for the device.
+            self.chosen[live if len(live) < len(self.drafts) else slice(None), step] = chosen
             walks = [self.walks[i] for i in live]
             if all(walk.blind for walk in walks):
                 taken = [walk.take(None) for walk in walks]

@@ -25,11 +25,12 @@ from unimodal.pipeline.progress import Progress
 
 if TYPE_CHECKING:
     from unimodal.model.sample import Sampler
+    from unimodal.tokenize.vocabulary import Vocabulary
 
 WRITING = ("describe", "ask", "write")
 """Methods that make texts."""
-PAINTING = 0.15
-"""Share of the time that may go into painting pictures that are in the making."""
+PAINTING = 0.25
+"""Time that may go into painting pictures in the making, as a share of that between two."""
 TOLD = 0.1
 """Seconds between two `Drawing` events of a job."""
 RATE_OVER = 5.0
@@ -282,6 +283,7 @@ class _View(Progress):
         self.marks = [(time.monotonic(), 0)]  # times and choices made by then
         self.told = 0.0
         self.painted = self.cost = 0.0
+        self.warm = False
 
     def check(self) -> None:
         """Raise where nobody waits any longer."""
@@ -315,8 +317,6 @@ class _View(Progress):
             self._say(done)
         elif now - self.painted >= self.cost / PAINTING:
             self._paint(done)
-            self.painted = time.monotonic()
-            self.cost = self.painted - now
 
     def _pace(self, now: float) -> Drawing:
         (then, before) = self.marks[0]
@@ -333,10 +333,27 @@ class _View(Progress):
                 yield job, copy, ids
 
     def _paint(self, done: Mapping[int, list[int]]) -> None:
-        for job, copy, ids in self._lookers(done):
-            drawn = so_far(self.queue.sampler, ids, job.shape)
-            if drawn is not None:
-                job.tell(Rows(copy, *drawn))
+        sampler = self.queue.sampler
+        found = [
+            (job, copy, newest)
+            for job, copy, ids in self._lookers(done)
+            if (newest := newest_rows(sampler.vocabulary, ids, job.shape)) is not None
+        ]
+        if not found:
+            return
+        began = time.monotonic()
+        painted = sampler.pixels([codes[None] for _, _, (codes, _, _) in found], True)
+        for (job, copy, (codes, height, share)), (pixels,) in zip(found, painted, strict=True):
+            canvas = np.zeros(
+                (pixels.shape[0] // len(codes) * height, pixels.shape[1], 4), np.uint8
+            )
+            canvas[: len(pixels), :, :3] = pixels
+            canvas[: len(pixels), :, 3] = 255
+            job.tell(Rows(copy, canvas, share))
+        self.painted = time.monotonic()
+        # The first time loads what is needed, and is no measure.
+        self.cost = self.painted - began if self.warm else 0.0
+        self.warm = True
 
     def _say(self, done: Mapping[int, list[int]]) -> None:
         for job, _, ids in self._lookers(done):
@@ -349,15 +366,15 @@ class _View(Progress):
         return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def so_far(
-    sampler: Sampler, ids: Sequence[int], shape: tuple[int, int, int] | None
-) -> tuple[np.ndarray, float] | None:
-    """A picture in the making, or the frames of a clip that are drawn last: RGBA [H, W, 4], and
+def newest_rows(
+    vocabulary: Vocabulary, ids: Sequence[int], shape: tuple[int, int, int] | None
+) -> tuple[np.ndarray, int, float] | None:
+    """Of a picture in the making, or of a clip's frame: codes [h, W], the rows it will have, and
     the share that is done of `shape` (T, H, W in codes). None before the first whole row.
 
-    Below the newest row a clip shows the frames before, a picture nothing.
+    Below the newest row of a clip stand those of the frame before.
     """
-    vocabulary, row = sampler.vocabulary, np.asarray(ids, np.int64)
+    row = np.asarray(ids, np.int64)
     ends = np.flatnonzero(row == vocabulary.eol)
     width = int(vocabulary.is_vision(row[: ends[0]]).sum()) if len(ends) else 0
     if not width:
@@ -368,12 +385,7 @@ def so_far(
     grid = codes[: rows * width].reshape(rows, width)
     frame = (rows - 1) // height
     newest = grid[frame * height :]
-    if frame and len(newest) < height:  # the frame before, where this one is not drawn yet
+    if frame and len(newest) < height:
         newest = np.concatenate([newest, grid[(frame - 1) * height + len(newest) : frame * height]])
-    pixels = sampler.pixels([newest[None]], True)[0][0]
-    scale = pixels.shape[0] // len(newest)
-    canvas = np.zeros((height * scale, pixels.shape[1], 4), np.uint8)
-    canvas[: len(pixels), :, :3] = pixels
-    canvas[: len(pixels), :, 3] = 255
-    whole = shape[0] * height if shape else rows
-    return canvas, min(1.0, rows / whole)
+    whole = rows if shape is None else shape[0] * height
+    return newest, height, min(1.0, rows / whole)

@@ -127,6 +127,7 @@ function choose() {
   // What only describes pictures takes no words.
   $("prompt").disabled = now === "chat" && Boolean(own) && !own.can.ask;
   if ($("prompt").disabled) {
+    $("named").textContent = "Question";
     $("prompt").placeholder = "This checkpoint describes pictures, and was not trained to answer";
   }
   sized();

@@ -60,7 +60,7 @@ def run_jobs(
 
 
 def _local(jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int) -> None:
-    gpus = _gpus()
+    gpus = gpus_here()
     if gpus and any(step.model for job in jobs for step in job.steps):
         # A model per process would fill the GPU with copies: first everybody decodes, then a
         # process per GPU runs the models.
@@ -72,7 +72,7 @@ def _local(jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int) ->
         _pool(jobs, tell, patience, workers, [])
 
 
-def _gpus() -> list[str]:
+def gpus_here() -> list[str]:
     """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
@@ -130,7 +130,7 @@ def _ray(
         raise UsageError("the ray engine needs Ray: pip install 'ray[data]'") from error
     mine = not ray.is_initialized()
     if mine:
-        _connect(address or os.environ.get("RAY_ADDRESS"), workers)
+        connect(address or os.environ.get("RAY_ADDRESS"), workers)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -167,7 +167,7 @@ def _ray(
             ray.shutdown()
 
 
-def _connect(address: str | None, workers: int | None) -> None:
+def connect(address: str | None, workers: int | None) -> None:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}

@@ -265,7 +265,15 @@ def open_source(settings: CaptionSettings, engine: str, address: str | None) -> 
         from unimodal.pipeline.captioning.endpoint import Endpoint
 
         return Endpoint(settings)
-    raise UsageError(f"source {settings.source} is not wired here")
+    if settings.source == "vllm":
+        if engine == "ray" or settings.data_parallel > 1:
+            from unimodal.pipeline.captioning.fleet import on_ray, side_by_side
+
+            return on_ray(settings, address) if engine == "ray" else side_by_side(settings)
+        from unimodal.pipeline.captioning.offline import Offline
+
+        return Offline(settings)
+    raise UsageError(f"source {settings.source} is opened by the command line, and not here")
 
 
 def _begun(

@@ -63,7 +63,8 @@ class Choice:
         """
         if self.temperature is None or self.top_k == 1 or logits.shape[-1] == 1:
             return logits.argmax(-1)
-        logits = logits / self.temperature
+        if self.temperature != 1:
+            logits = logits / self.temperature
         if self.top_k >= logits.shape[-1] and self.top_p == 1:
             columns = torch.arange(logits.shape[-1], device=logits.device)
             return (logits - noise(columns).log()).argmax(-1)

@@ -194,9 +194,15 @@ class _Batch:
         guided = allowed.kind == "vision"
         choice = self.drawing.vision if guided else self.drawing.text
         if guided and self.rows > 1:
-            logits = head(states.flatten(0, 1)).float().unflatten(0, states.shape[:2])
-            scales = self.scales if len(which) == len(self.drafts) else self.scales[:, which]
-            combined = choice.guide(list(logits), list(scales))
+            scales = list(self.scales if len(which) == len(self.drafts) else self.scales[:, which])
+            if choice.plausible:
+                logits = head(states.flatten(0, 1)).float().unflatten(0, states.shape[:2])
+                combined = choice.guide(list(logits), scales)
+            else:
+                # Guidance and the head are both linear: the states are combined, and the head
+                # has one row for each sequence.
+                mixed = choice.guide(list(states.float()), scales)
+                combined = head(mixed.to(states.dtype)).float()
         else:
             combined = head(states[0]).float()
         rows = None if len(which) == len(self.drafts) else which

@@ -3,7 +3,7 @@
     python benchmarks/sampling.py                                   the table of the docs
     python benchmarks/sampling.py --widths 192 --batches 1 --rows 4 one line of it, soon
     python benchmarks/sampling.py --smaller                         bfloat16, int8 and float32
-    python benchmarks/sampling.py --device cuda --dtype bfloat16    1.4 B against the memory
+    python benchmarks/sampling.py --device cuda --dtype bfloat16    1.5 B against the memory
 
 Emu3's 184,622 ids, a grid of 32x32 codes, guidance 3, top-k 2048, the same random weights.
 
@@ -67,7 +67,7 @@ SHAPES = {
     512: Shape(width=512, layers=12, heads=8, kv_heads=2, ffn=1408, init_std=0.1),
 }
 BOUNDS = {(192, 1): 5.0, (192, 8): 10.0, (512, 1): 3.5, (512, 8): 7.0}
-GPU_SHAPE = Shape(width=2048, layers=16, heads=16, kv_heads=8, ffn=5632)  # 1.4 B with the head
+GPU_SHAPE = Shape(width=2048, layers=16, heads=16, kv_heads=8, ffn=5632)  # 1.5 B
 GUIDANCE = 3.0
 TOP_K = 2048
 # Text of this many bytes stands before a picture; negative prompts are as long.

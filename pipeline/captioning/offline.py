@@ -137,11 +137,12 @@ class Offline:
         )
         try:
             number = self._llm.enqueue_chat([messages], [sampling], use_tqdm=False)[0]
-        except (ValueError, TypeError) as error:  # of this request: too long, no chat template
+        except Exception as error:
+            if type(error).__name__.startswith("Engine"):  # EngineDeadError and its like
+                raise _gone(error, self._settings) from error
+            # It is about this request: longer than the model's context, a picture too large.
             self._told.append((ask.key, Failure(REFUSED, _line(error))))
             return
-        except Exception as error:
-            raise _gone(error, self._settings) from error
         self._at[_number(number)] = ask.key
 
     def _restore(self) -> None:

@@ -351,3 +351,31 @@ def test_the_folder_covers_what_words_depend_on_and_not_where_they_come_from() -
         for name, value in others.items()
     }
     assert len({base, *found, describe_stage(SETTINGS, "l").folder}) == len(others) + 2
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to",
+            "caption.max_model_len (now 4096)",
+        ),
+        ("ValueError: No available memory for the cache blocks.", "caption.gpu_memory_utilization"),
+        (
+            "ValueError: Free memory on device cuda:0 (3/80 GiB) on startup is less than desired",
+            "lower caption.gpu_memory_utilization (now 0.9)",
+        ),
+        ("OSError: x is not a local folder and is not a valid model identifier", "no such model"),
+        (
+            "ValueError: Total number of heads must be divisible by tensor parallel",
+            "tensor_parallel",
+        ),
+        ("KeyError: 'odd'\nRuntimeError: Engine core initialization failed.", "KeyError: 'odd'"),
+    ],
+)
+def test_an_engine_that_does_not_start_names_what_to_set(said: str, names: str) -> None:
+    from unimodal.pipeline.captioning.offline import _trouble
+
+    settings = CaptionSettings(source="vllm", model="a/model", max_model_len=4096)
+    told = str(_trouble(RuntimeError("Engine core initialization failed."), said, settings))
+    assert names in told and told.startswith("a/model: ") and "\n" not in told

@@ -38,6 +38,8 @@ from unimodal.tokenize.vocabulary import Vocabulary
 
 RECIPE = Path(__file__).parent / "shapes.toml"
 SEED = 0
+WORLD = 3
+"""To be raised when shapes.py draws other pictures: shards are made anew."""
 COUNTS = {"pictures": 6144, "clips": 2048, "edits": 5120}
 """Training samples of each kind; a thirty-second more is for validation."""
 QUICK = {"pictures": 64, "clips": 32, "edits": 64}
@@ -58,7 +60,7 @@ def make_shards(out: Path, counts: Mapping[str, int], workers: int) -> list[Path
         writers[kind] = ShardWriter(out / kind, tokenizer, vocabulary, {"shapes": kind})
         for number, start in enumerate(range(0, count, SHARD[kind])):
             size = min(SHARD[kind], count - start)
-            digest = f"{kind}-{number}-{size}-{SEED}"
+            digest = f"{kind}-{number}-{size}-{WORLD}-{SEED}"
             if not writers[kind].has(number, digest):
                 writers[kind].begin([number])
                 todo.append((kind, number, size, digest, out / kind, writers[kind].header))
@@ -79,7 +81,7 @@ def _unit(unit: tuple[str, int, int, str, Path, dict[str, Any]]) -> None:
     tokenizer = VisionTokenizer.load("small")
     vocabulary = Vocabulary.bytes(tokenizer.codebook_size)
     make = {"pictures": _pictures, "clips": _clips, "edits": _edits}[kind]
-    rng = shapes.rng_of(SEED, kind, number)
+    rng = shapes.rng_of(SEED, kind, number, WORLD)
     samples = []
     for place, told in enumerate(make(rng, size, tokenizer, vocabulary)):
         key = f"{kind}-{number:03d}-{place:04d}"

@@ -38,21 +38,23 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "bar")
 """A bar lies, half as high as wide. A cross was tried: the vision tokenizer makes it a circle."""
-SIZES = {"small": (18.5, 21.5), "large": (28.5, 31.5)}
-GROUNDS = {"black": (10, 50), "grey": (105, 145), "white": (205, 245)}
-"""Range of the grey level that a ground has in a picture."""
+SIZES = {"small": 20.0, "large": 30.0}
+GROUNDS = {"black": 40, "grey": 96, "white": 232}
+"""Grey levels; of these the vision tokenizer has few different codes."""
 PLACES = {
-    "on the left": (19.0, 32.0),
-    "on the right": (45.0, 32.0),
-    "at the top": (32.0, 19.0),
-    "at the bottom": (32.0, 45.0),
+    "on the left": (16.0, 32.0),
+    "on the right": (48.0, 32.0),
+    "at the top": (32.0, 16.0),
+    "at the bottom": (32.0, 48.0),
     "in the middle": (32.0, 32.0),
 }
 """(x, y) of the centre."""
-JITTER = 2.0
-"""A centre is at most so far from its place, in x and y."""
+LATTICE = 8
+"""Centres, and the starts of clips, are multiples of it: a side of a code. Where shapes may stand
+at any pixel, the same shape has 64 different sets of codes, and a decoder that trains for half an
+hour on one core learns colours, but neither shapes nor motions (shape: chance)."""
 MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks")
-SPEEDS = (1.6, 2.1)
+SPEED = 2.0
 """Pixels per frame; what grows or shrinks gains or loses half as many."""
 
 GROUND_STEP = 15.0
@@ -129,10 +131,10 @@ def thing(rng: np.random.Generator, unseen: bool, **told: str) -> Thing:
             break
     return Thing(
         **pick,
-        rgb=_shade(rng, pick["colour"]),
-        grey=int(rng.integers(*GROUNDS[pick["ground"]], endpoint=True)),
+        rgb=COLOURS[pick["colour"]],
+        grey=GROUNDS[pick["ground"]],
         **dict(zip("xy", _centre(rng, pick["place"]), strict=True)),
-        side=float(rng.uniform(*SIZES[pick["size"]])),
+        side=SIZES[pick["size"]],
     )
 
 
@@ -144,21 +146,26 @@ def moving(rng: np.random.Generator, unseen: bool, **told: str) -> Clip:
         if held_out(colour, shape, motion) == unseen:
             break
     ground = str(rng.choice(list(GROUNDS)))
-    speed = float(rng.uniform(*SPEEDS)) * (FRAMES - 1)
+    steps = FRAMES - 1
     way = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-    dx, dy = (speed * part for part in way.get(motion.split()[-1], (0, 0)))
-    growth = {"grows": 0.5, "shrinks": -0.5}.get(motion, 0.0) * speed
-    side = float(rng.uniform(17, 19) if growth else rng.uniform(22, 27))
-    largest = side + abs(growth)
+    dx, dy = (SPEED * part for part in way.get(motion.split()[-1], (0, 0)))
+    growth = {"grows": 0.5, "shrinks": -0.5}.get(motion, 0.0) * SPEED
+    side = 16.0 if growth else 24.0
+    largest = side + abs(growth) * steps
     start = [  # all of it stays in the picture
-        float(rng.uniform(largest / 2 + 1 - min(0, by), SIDE - largest / 2 - 1 - max(0, by)))
+        float(
+            LATTICE
+            * rng.integers(
+                -int(-(largest / 2 - min(0, by * steps)) // LATTICE),
+                int((SIDE - largest / 2 - max(0, by * steps)) // LATTICE),
+                endpoint=True,
+            )
+        )
         for by in (dx, dy)
     ]
-    grey = int(rng.integers(*GROUNDS[ground], endpoint=True))
     first = largest if growth < 0 else side
-    one = Thing(colour, shape, "", "", ground, _shade(rng, colour), grey, *start, first)
-    steps = FRAMES - 1
-    return Clip(one, motion, (dx / steps, dy / steps), growth / steps)
+    one = Thing(colour, shape, "", "", ground, COLOURS[colour], GROUNDS[ground], *start, first)
+    return Clip(one, motion, (dx, dy), growth)
 
 
 def edit(rng: np.random.Generator, unseen: bool, kind: str | None = None) -> Edit:
@@ -169,7 +176,7 @@ def edit(rng: np.random.Generator, unseen: bool, kind: str | None = None) -> Edi
         source = thing(rng, unseen)
         if kind == "recolour":
             colour = str(rng.choice([one for one in COLOURS if one != source.colour]))
-            result = replace(source, colour=colour, rgb=_shade(rng, colour))
+            result = replace(source, colour=colour, rgb=COLOURS[colour])
             told = f"make it {colour}"
         else:
             place = str(rng.choice([one for one in PLACES if one != source.place]))
@@ -180,14 +187,11 @@ def edit(rng: np.random.Generator, unseen: bool, kind: str | None = None) -> Edi
             return Edit(source, told, result)
 
 
-def _shade(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
-    red, green, blue = np.clip(np.array(COLOURS[colour]) + rng.integers(-12, 13, 3), 0, 255)
-    return int(red), int(green), int(blue)
-
-
 def _centre(rng: np.random.Generator, place: str) -> tuple[float, float]:
+    """At the place, or a step of the lattice along the side of the picture that it names."""
     x, y = PLACES[place]
-    return x + float(rng.uniform(-JITTER, JITTER)), y + float(rng.uniform(-JITTER, JITTER))
+    along = LATTICE * float(rng.integers(-1, 1, endpoint=True))
+    return x + along * (y != 32), y + along * (x != 32)
 
 
 # --- drawing --------------------------------------------------------------------------------
@@ -289,7 +293,7 @@ def look(pixels: np.ndarray) -> Seen:
         shape,
         "small" if side < 25 else "large",
         min(PLACES, key=lambda name: np.hypot(x - PLACES[name][0], y - PLACES[name][1])),
-        min(GROUNDS, key=lambda name: abs(grey - sum(GROUNDS[name]) / 2)),
+        min(GROUNDS, key=lambda name: abs(grey - GROUNDS[name])),
         grey,
         x,
         y,

@@ -325,7 +325,7 @@ def _ids(allowed: Allowed, device: torch.device) -> Tensor:
 @lru_cache(maxsize=64)
 def _noise(keys: tuple[tuple[int, ...], ...], device: torch.device) -> Noise:
     """Of each sequence seed and key; made once for many steps."""
-    return Noise([seed for seed, *_ in keys], [key for _, *key in keys], device)
+    return Noise([key[0] for key in keys], [key[1:] for key in keys], device)
 
 
 # --- outside -------------------------------------------------------------------------------
@@ -345,6 +345,8 @@ class Writing:
         """Behind the context."""
         self.shared: list[int] = []
         """Of these, what the twins see."""
+        self.untold = 0
+        """Choices that a `Watch` has not been told of."""
 
     @property
     def rows(self) -> int:

@@ -150,6 +150,8 @@ class VllmBackend:
                         del running[name]
                         if writing.rows:
                             waiting.appendleft(one.number)
+                if running and not self.engine.has_unfinished_requests():
+                    raise UnimodalError("vLLM has nothing left to do, and drafts are unfinished")
                 if watch is not None and told:
                     watch({number: writings[number].ids for number in sorted(told)}, unseen)
                     unseen = 0
@@ -206,12 +208,13 @@ class VllmBackend:
 
     def _read(self, one: _Running, writing: Writing, output: Any) -> bool:
         """Take over what the conditional row has written; whether that is worth telling."""
-        over, before = False, len(writing.ids)
+        over, known = False, len(writing.ids)
         for token in output.outputs[0].token_ids:
             over = follow(one.number, writing, token, one.rows)
         if output.finished and not over and writing.rows:
             raise UnimodalError(uncalled(one.number))
-        return len(writing.ids) > before + 1 or not writing.course.walk.blind
+        new = len(writing.ids) - known
+        return new > 1 or (new == 1 and not writing.course.walk.blind)
 
 
 @dataclass

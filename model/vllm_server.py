@@ -141,7 +141,7 @@ class _Server:
             "vllm_xargs": {ARGUMENT: writing.stretch(secrets.token_hex(8)).json()},
         }
         first = len(asked["prompt"]) - rows
-        ended, unseen = False, 0
+        ended = False
         with closing(self._connect()) as connection:
             answer = self._ask(connection, "POST", "/v1/completions", asked)
             for index, ids in _events(answer, stream):
@@ -153,10 +153,11 @@ class _Server:
                 for token in ids:
                     ended = follow(number, writing, token, rows)
                 steps = writing.course.choices - choices
-                unseen += steps
-                if len(writing.ids) > known + steps or not writing.course.walk.blind:
-                    told(number, unseen)
-                    unseen = 0
+                writing.untold += steps
+                # An id of text, or given ids too, as at the end of a row of codes.
+                if steps and (len(writing.ids) > known + steps or not writing.course.walk.blind):
+                    told(number, writing.untold)
+                    writing.untold = 0
         if not ended and writing.rows:
             raise UnimodalError(uncalled(number))
 

@@ -3,9 +3,10 @@ which the tests after it should not inherit. Also what draws are judged by."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from torch import Tensor
 
 from unimodal.model.generate import Draft, Drawing, Watch
+from unimodal.model.paired import describe, rebuild
 from unimodal.tokenize.vocabulary import Vocabulary
 
 
@@ -39,13 +41,14 @@ class Engine:
         return written
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """Call one of the functions below."""
-        self.connection.send((name, arguments))
+        """Call one of the functions below; the first of its arguments are drafts."""
+        packed = [[_packed(draft) for draft in drafts] for drafts in arguments[:1]]
+        self.connection.send((name, (*packed, *arguments[1:])))
         return self._answer()
 
     def close(self) -> None:
         self.connection.close()
-        self.process.join(30)
+        self.process.join(5)
         self.process.kill()
 
     def _answer(self) -> Any:
@@ -72,18 +75,33 @@ def _serve(connection: Connection, checkpoint: Path, options: dict[str, Any]) ->
     while True:
         try:
             name, arguments = connection.recv()
+            drafts = [[_unpacked(*one, vocabulary) for one in packed] for packed in arguments[:1]]
         except EOFError:
             return
         try:
-            connection.send(globals()[name](backend, *arguments))
+            connection.send(globals()[name](backend, *drafts, *arguments[1:]))
         except Exception as error:
             connection.send(error)
 
 
+def _packed(draft: Draft) -> tuple[Any, ...]:
+    """A draft as it can be sent: text tokenizers hold what cannot."""
+    grammar = json.dumps(describe(draft.grammar))
+    return draft.contexts, grammar, draft.guidance, draft.key, draft.seed
+
+
+def _unpacked(contexts: Any, grammar: str, *rest: Any) -> Draft:
+    *others, vocabulary = rest
+    return Draft(contexts, rebuild(grammar, vocabulary, 1024), *others)
+
+
 def generate(backend: Any, drafts: Sequence[Draft], drawing: Drawing) -> Any:
     told: list[Any] = []
-    written = backend.generate(drafts, drawing, lambda done, steps: told.append(({**done}, steps)))
-    return written, told
+
+    def watch(done: Mapping[int, list[int]], steps: int) -> None:
+        told.append(({number: [*ids] for number, ids in done.items()}, steps))  # they grow
+
+    return backend.generate(drafts, drawing, watch), told
 
 
 def preemptions(backend: Any) -> int:
@@ -110,7 +128,7 @@ def without_processor(backend: Any, drafts: Sequence[Draft], drawing: Drawing) -
 
 def twins_late(backend: Any, drafts: Sequence[Draft], drawing: Drawing) -> Any:
     """As if vLLM began the rows of a draft one after the other."""
-    engine = backend.engine
+    engine, early = backend.engine, []
 
     class Slow:
         def __getattr__(self, name: str) -> Any:
@@ -118,7 +136,12 @@ def twins_late(backend: Any, drafts: Sequence[Draft], drawing: Drawing) -> Any:
 
         def add_request(self, name: str, *rest: Any) -> None:
             engine.add_request(name, *rest)
-            engine.step()
+            early.extend(engine.step())
+
+        def step(self) -> list[Any]:
+            found = [*early, *engine.step()]
+            early.clear()
+            return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "engine", Slow())

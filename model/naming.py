@@ -109,7 +109,7 @@ def read_weights(decoder: Decoder, directory: Path) -> None:
     """
     own = {name: x for name, x in decoder.state_dict().items() if ".lora_" not in name}
     seen: set[str] = set()
-    for file in _files(directory):
+    for file in weight_files(directory):
         try:
             with safe_open(file, "pt") as weights:
                 for stored in weights.keys():  # noqa: SIM118, it is no dictionary
@@ -134,8 +134,9 @@ def read_weights(decoder: Decoder, directory: Path) -> None:
         )
 
 
-def _files(directory: Path) -> list[Path]:
-    """`model.safetensors`, or the files that its index names."""
+def weight_files(directory: Path) -> list[Path]:
+    """`model.safetensors`, or the files that its index names: what a decoder is made of, and
+    nothing that only training needs. Raises `UnimodalError` if one is missing."""
     files = [directory / WEIGHTS]
     index = directory / f"{WEIGHTS}.index.json"
     if not files[0].is_file() and index.is_file():

@@ -33,7 +33,7 @@ from unimodal.model.checkpoint import find
 from unimodal.model.choice import Choice
 from unimodal.model.dpo import FILE
 from unimodal.model.grammar import BlockGrammar
-from unimodal.model.naming import read_json
+from unimodal.model.naming import read_json, weight_files
 from unimodal.model.recipe import SamplingSettings
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
@@ -184,7 +184,7 @@ def prefer(
     progress = progress or Progress()
     voting = not scorers and not votes
     given = settings.model_dump(include=set(SamplingSettings.model_fields), exclude_none=True)
-    weights = sorted(find(checkpoint)[1].glob("model*.safetensors"))
+    weights = weight_files(find(checkpoint)[1])
     grammar = sampler.grammar(*sampler.grid(settings.size, "image")[1:])
     about = {
         "checkpoint": fingerprint(*map(str, weights)),

@@ -24,7 +24,7 @@ from unimodal.model.checkpoint import find
 from unimodal.model.decoder import DecoderConfig
 from unimodal.model.export import DTYPES, export_model
 from unimodal.model.generate import Draft, Drawing, Watch
-from unimodal.model.naming import read_config
+from unimodal.model.naming import read_config, weight_files
 from unimodal.model.paired import ARGUMENT, OutOfStep, Writing
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.scorers.weights import fingerprint
@@ -34,7 +34,6 @@ PROCESSOR = "unimodal.model.vllm_processor:GuidedProcessor"
 # What vLLM's attention on the CPU has kernels for; it fails on others at the first step.
 CPU_CHANNELS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 GIB = 1 << 30
-_TRAINING = ("optimizer", "trained", "base")  # files of a step that no model is made of
 
 
 class VllmBackend:
@@ -262,8 +261,7 @@ def exported(checkpoint: Path, vocabulary: Vocabulary, weights: str) -> Path:
     DIGEST is of the weights. Raises `UsageError` for weights that cannot be exported.
     """
     top, step = find(checkpoint)
-    names = [file for file in step.glob("*.safetensors") if file.stem not in _TRAINING]
-    digest = fingerprint(*sorted(map(str, [*names, step / "config.json"])))
+    digest = fingerprint(*sorted(map(str, [*weight_files(step), step / "config.json"])))
     name = f"{digest}-{weights}"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     places = [top / "vllm" / name, Path(base) / "unimodal" / "vllm" / name]

@@ -23,6 +23,7 @@ from unimodal.model.choice import Choice
 from unimodal.model.decoder import Decoder
 from unimodal.model.generate import Backend, Draft, Drawing, TorchBackend, Watch
 from unimodal.model.grammar import BlockGrammar, DocumentGrammar, size_tree, text_grammar
+from unimodal.model.naming import weight_files
 from unimodal.model.quantize import WEIGHTS, convert
 from unimodal.model.recipe import RECIPES, SamplingSettings
 from unimodal.pipeline.errors import UnimodalError, UsageError
@@ -35,6 +36,7 @@ from unimodal.tokenize.document import (
     Text,
     Video,
     block_length,
+    check_codes,
     compose,
     parse,
     serialize,
@@ -80,6 +82,7 @@ class Words(TypedDict, total=False):
     likeliest always if that says nothing."""
 
     temperature: float | None
+    """0: the likeliest always."""
     top_k: int | None
     top_p: float | None
     seed: int | list[int]
@@ -120,6 +123,7 @@ class Sampler:
         backend: Backend | None = None,
         source: Path | None = None,
         manner: Manner | None = None,
+        kind: str | None = None,
     ) -> None:
         """`grids`: what the decoder was trained on, the most frequent first (`data.json`).
         `defaults`: how it draws where a call does not say (`[sampling]` of `config.toml`).
@@ -128,6 +132,7 @@ class Sampler:
         `backend`: what writes; by default `decoder` itself, of which else only the shape is used.
         `source`: the directory of its weights.
         `manner`: how Emu3's own checkpoints want pictures scaled and questions put; None: as ours.
+        `kind`: which of those it is used as.
 
         Raises `UnimodalError` if the parts are not made for one another.
         """
@@ -151,6 +156,7 @@ class Sampler:
         self.backend: Backend = backend or TorchBackend(decoder, batch)
         self.source = source
         self.manner = manner
+        self.kind = kind
 
     @classmethod
     def load(
@@ -169,7 +175,8 @@ class Sampler:
         directory of Emu3 in its own or in transformers' layout.
 
         `weights` bfloat16 or int8 takes less memory than what is stored; `compile` runs each step
-        through `torch.compile`; `backend` is torch or vllm; `tokenizer` is the directory of the
+        through `torch.compile`; `backend` is torch, vllm, or the address of a `vllm serve` that
+        holds the same model (`unimodal.model.vllm_server`); `tokenizer` is the directory of the
         vision tokenizer where the checkpoint has none; `kind` is what an Emu3 is to be used as:
         gen, stage1 or chat.
         """
@@ -178,13 +185,13 @@ class Sampler:
         path = Path(checkpoint)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if backend not in ("torch", "vllm"):
-            raise UsageError(f"backend {backend}: torch or vllm")
+        remote = is_address(backend)
+        check_backend(backend, weights, compile)
         if weights is not None and weights not in WEIGHTS:
             raise UsageError(f"weights {weights!r} are not one of {', '.join(WEIGHTS)}")
         top, step = find(path)
         parts = emu3.load(path, device, tokenizer, kind) if emu3.is_emu3(path) else None
-        if backend == "vllm":
+        if backend != "torch":
             with torch.device("meta"):  # for its shape
                 decoder = Decoder(weights_config(path), seed=None)
         else:
@@ -202,7 +209,7 @@ class Sampler:
                 raise UsageError(
                     f"{path} is no directory of Emu3, it needs no load.{what}: omit it"
                 )
-            made = cls.for_checkpoint(top, decoder, batch, step)
+            made = cls.for_checkpoint(top, decoder, batch, step, device)
         else:
             made = cls(
                 decoder,
@@ -213,8 +220,13 @@ class Sampler:
                 batch,
                 source=step,
                 manner=parts.manner,
+                kind=parts.kind,
             )
-        if backend == "vllm":
+        if remote:
+            from unimodal.model.vllm_server import VllmServer
+
+            made.backend = VllmServer(backend, made.vocabulary)
+        elif backend == "vllm":
             from unimodal.model.vllm import VllmBackend
 
             made.backend = VllmBackend.load(path, made.vocabulary, weights)
@@ -224,9 +236,15 @@ class Sampler:
 
     @classmethod
     def for_checkpoint(
-        cls, top: Path, decoder: Decoder, batch: int = 32, step: Path | None = None
+        cls,
+        top: Path,
+        decoder: Decoder,
+        batch: int = 32,
+        step: Path | None = None,
+        device: str | None = None,
     ) -> Sampler:
-        """A sampler for `decoder` with the vocabulary and vision tokenizer kept in `top`."""
+        """A sampler for `decoder` with the vocabulary and vision tokenizer kept in `top`; that
+        computes on `device`, by default the decoder's."""
         from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 
         for name in ("vocabulary", "vision_tokenizer", "data.json"):
@@ -241,7 +259,8 @@ class Sampler:
             raise UnimodalError(
                 f"{top / 'vocabulary'} is not the vocabulary of this checkpoint: copy it again"
             )
-        tokenizer = VisionTokenizer.load(top / "vision_tokenizer")
+        device = device or str(decoder.lm_head.weight.device)
+        tokenizer = VisionTokenizer.load(top / "vision_tokenizer", device)
         if tokenizer.digest != about["vision_tokenizer"]["digest"]:
             raise UnimodalError(
                 f"{top / 'vision_tokenizer'} is not the vision tokenizer that this checkpoint was "
@@ -261,7 +280,7 @@ class Sampler:
         """Digest of the weights that were loaded; None if they came from no directory."""
         if self.source is None:
             return None
-        return fingerprint(*sorted(map(str, self.source.glob("*.safetensors"))))
+        return fingerprint(*map(str, weight_files(self.source)))
 
     # --- drawing ---------------------------------------------------------------------------
 
@@ -385,8 +404,13 @@ class Sampler:
 
         A picture is uint8 [H, W, 3], scaled as in training, or codes [H, W]; the result has its
         size unless `size` says. `guidance` leads towards the instruction, `image_guidance` towards
-        the picture: three rows, see `Choice.guide`; where that is 1, two are enough.
+        the picture: three rows, see `Choice.guide`; where that is 1, two are enough. There is no
+        `negative`.
         """
+        if _any(how.get("negative")):
+            raise UsageError(
+                "an edit is led away from the picture without the instruction: it takes no negative"
+            )
         if len(images) != len(instructions):
             raise UsageError(f"{len(images)} pictures have {len(instructions)} instructions")
         towards = self.defaults.image_guidance if image_guidance is None else image_guidance
@@ -411,6 +435,7 @@ class Sampler:
             if towards != 1:
                 rows.append([bos, *grammar.opening])
             self._fits(len(full), grammar, text)
+            grammar = self._bounded(grammar, rows)
             by = ((towards, scales[place]) if towards != 1 else (scales[place],))[: len(rows) - 1]
             total += n * _steps(grammar)
             for copy in range(n):
@@ -459,9 +484,9 @@ class Sampler:
         """A description of each picture or clip.
 
         Each is uint8 [H, W, 3] or [frames, H, W, 3], scaled to the area that training saw most,
-        or codes (any other integer type) [H, W] or [T, H, W]. `temperature` None always takes
-        the likeliest id. A description ends with EOS, or at `max_tokens` or the context. A
-        checkpoint whose recipe has a question to describe by is asked that.
+        or codes (any other integer type) [H, W] or [T, H, W]. Of frames only the first `seen` are
+        looked at. A description ends with EOS, or at `max_tokens` or the context. A checkpoint
+        whose recipe has a question to describe by is asked that.
         """
         if question := self.defaults.describe:
             return self.ask(
@@ -529,8 +554,12 @@ class Sampler:
         Up to EOS, `images` pictures and `max_tokens` ids in all (by default what the context
         holds). `temperature` and so on are of codes, `text` says how words are chosen. Guidance
         leads from pictures that stand behind pictures alone to those that stand behind the words
-        too.
+        too; there is no `negative`.
         """
+        if _any(how.get("negative")):
+            raise UsageError(
+                "a document is led away from its pictures without the words: it takes no negative"
+            )
         bos, context = self.vocabulary.bos, self.decoder.config.context
         (scale,) = self._guidance(how, 1)
         grid = None if size == "free" else self._sides(size)
@@ -581,7 +610,7 @@ class Sampler:
             raise UsageError(f"max-tokens {max_tokens} must be at least 1")
         own = self.defaults
         choice = Choice(
-            _or(how.get("temperature"), own.text_temperature),
+            _or(how.get("temperature"), own.text_temperature) or None,
             _or(how.get("top_k"), own.text_top_k),
             _or(how.get("top_p"), own.text_top_p),
         )
@@ -656,13 +685,19 @@ class Sampler:
                 context = [bos, *encode(text), *opening]
                 self._fits(len(context), grammar, text)
                 rows.append(context)
-            if isinstance(grammar, DocumentGrammar):
-                room = self.decoder.config.context - max(map(len, rows))
-                grammar = replace(grammar, room=room)
+            grammar = self._bounded(grammar, rows)
             scale = (scales[place],)[: len(rows) - 1]
             for copy in range(n):
                 drafts.append(Draft(tuple(rows), grammar, scale, keys[place * n + copy]))
         return drafts
+
+    def _bounded(
+        self, grammar: BlockGrammar | DocumentGrammar, rows: Sequence[Sequence[int]]
+    ) -> BlockGrammar | DocumentGrammar:
+        """A grammar whose sizes fit behind the longest of these contexts."""
+        if isinstance(grammar, BlockGrammar):
+            return grammar
+        return replace(grammar, room=self.decoder.config.context - max(map(len, rows)))
 
     def _drawn(self, draft: Draft, ids: Sequence[int]) -> np.ndarray:
         """Codes [H, W] or [T, H, W] of a block that was written."""
@@ -693,10 +728,11 @@ class Sampler:
         return serialize(segments, self.vocabulary, bos=False, eos=False).tolist()
 
     def _segment(self, media: np.ndarray, fps: float | None) -> Image | Video:
-        """A picture or clip, pixels or codes, as a segment."""
+        """A picture or clip, pixels or codes, as a segment; of the pixels of a clip no more frames
+        than `seen` says."""
         codes = np.asarray(media)
         if codes.dtype == np.uint8:
-            codes = self._encode(codes)
+            codes = self._encode(codes[: self.seen] if codes.ndim == 4 else codes)
         if codes.ndim == 2:
             return Image(codes)
         return Video(codes, self.fps(fps))
@@ -709,6 +745,7 @@ class Sampler:
         if codes.ndim != (2 if kind == "image" else 3) or not codes.size:
             wanted = "a picture" if kind == "image" else "a clip"
             raise UsageError(f"{wanted} is needed here, not codes of shape {list(codes.shape)}")
+        check_codes(Image(codes) if kind == "image" else Video(codes, 1.0), self.vocabulary)
         return codes.astype(np.int64)
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
@@ -729,6 +766,15 @@ class Sampler:
         with exact_arithmetic():
             codes = self.tokenizer.encode(to_pixels(scaled)[None], self.joint)[0].cpu().numpy()
         return codes[0] if kind == "image" else codes
+
+    @property
+    def seen(self) -> int | None:
+        """Frames of a clip that are looked at, from its beginning: as many as the clips that
+        training saw most, for words about longer ones are never learned. None: all, where it saw
+        no clips."""
+        if not any(grid["kind"] == "video" for grid in self.grids):
+            return None
+        return self.grid(None, "video")[0] * TEMPORAL
 
     def fps(self, fps: float | None) -> float:
         """Frames a second of a clip: as asked, or as training saw most."""
@@ -819,6 +865,21 @@ class Sampler:
         return clips
 
 
+def is_address(backend: str) -> bool:
+    """Whether a backend is a server."""
+    return backend.startswith(("http://", "https://"))
+
+
+def check_backend(backend: str, weights: str | None, compile: bool) -> None:
+    """Raise `UsageError` for what `Sampler.load` cannot mean by these."""
+    if backend not in ("torch", "vllm") and not is_address(backend):
+        raise UsageError(f"backend {backend}: torch or vllm, or http://HOST:PORT of a vllm serve")
+    if compile and backend != "torch":
+        raise UsageError("vLLM compiles by itself: leave out load.compile, or use --backend torch")
+    if weights is not None and is_address(backend):
+        raise UsageError(f"{backend} has its own weights: leave out load.weights")
+
+
 def each(value: Any, count: int, name: str) -> list[Any]:
     """`value` for each of `count` prompts: a list as it is, anything else again and again."""
     if not isinstance(value, list):
@@ -826,6 +887,11 @@ def each(value: Any, count: int, name: str) -> list[Any]:
     if len(value) != count:
         raise UsageError(f"{len(value)} values of {name} for {count} prompts: one for each")
     return value
+
+
+def _any(value: str | Sequence[str | None] | None) -> bool:
+    """Whether a prompt, or one of a list, says something."""
+    return bool(value) if value is None or isinstance(value, str) else any(value)
 
 
 def _or(value: T | None, default: T) -> T:

@@ -282,7 +282,8 @@ def _ids(segment: Segment, vocabulary: Vocabulary) -> np.ndarray:
     return _block(segment, vocabulary)
 
 
-def _block(segment: Image | Video, vocabulary: Vocabulary) -> np.ndarray:
+def check_codes(segment: Image | Video, vocabulary: Vocabulary) -> None:
+    """Raise `DocumentError` for codes of a wrong shape or outside the codebook."""
     codes = np.asarray(segment.codes)
     if codes.dtype.kind not in "iu" or codes.ndim != (2 if isinstance(segment, Image) else 3):
         want = "[H, W]" if isinstance(segment, Image) else "[T, H, W]"
@@ -290,16 +291,21 @@ def _block(segment: Image | Video, vocabulary: Vocabulary) -> np.ndarray:
             f"{type(segment).__name__} needs whole-number codes {want}, "
             f"not {codes.dtype} {list(codes.shape)}"
         )
+    if codes.size and (codes.min() < 0 or codes.max() >= vocabulary.codebook_size):
+        raise DocumentError(
+            f"code {codes.max() if codes.min() >= 0 else codes.min()} is outside the codebook of "
+            f"{vocabulary.codebook_size}: the codes are from another vision tokenizer"
+        )
+
+
+def _block(segment: Image | Video, vocabulary: Vocabulary) -> np.ndarray:
+    check_codes(segment, vocabulary)
+    codes = np.asarray(segment.codes)
     if isinstance(segment, Image):
         template = _template(vocabulary, *codes.shape)
     else:
         frames, height, width = codes.shape
         template = _template(vocabulary, height, width, frames, segment.fps)
-    if codes.min() < 0 or codes.max() >= vocabulary.codebook_size:
-        raise DocumentError(
-            f"code {codes.max() if codes.min() >= 0 else codes.min()} is outside the codebook of "
-            f"{vocabulary.codebook_size}: the codes are from another vision tokenizer"
-        )
     ids = template.copy()
     ids[ids == FREE] = codes.reshape(-1).astype(np.int64) + vocabulary.vision_start
     return ids

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from unimodal.model import sample as module
+from unimodal.model.checkpoint import load_decoder, weights_config
 from unimodal.model.choice import Choice, Noise
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
 from unimodal.model.generate import Draft, Drawing, TorchBackend
@@ -292,6 +293,20 @@ def test_a_picture_is_described_from_its_codes_at_the_trained_size(sampler: Samp
     assert sampler._encode(clip[:2]).shape[0] == 1
 
 
+def test_of_a_clip_no_more_is_looked_at_than_training_saw(sampler: Sampler) -> None:
+    rng = np.random.default_rng(0)
+    clip = rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    assert sampler.seen == 8
+    assert sampler._segment(clip, None) == sampler._segment(clip[:8], None)
+    assert sampler.describe([clip], 6) == sampler.describe([clip[:8]], 6)
+    assert sampler.ask([[clip]], ["what?"], 4) == sampler.ask([[clip[:8]]], ["what?"], 4)
+    codes = rng.integers(0, 64, (4, 4, 4))  # codes are taken as they are
+    segment = sampler._segment(codes, None)
+    assert isinstance(segment, Video) and len(segment.codes) == 4
+    bare = Sampler(sampler.decoder, sampler.vocabulary, sampler.tokenizer, GRIDS[:1])
+    assert bare.seen is None
+
+
 def test_each_prompt_may_have_its_own_size_guidance_and_negative(
     sampler: Sampler, vocabulary: Vocabulary
 ) -> None:
@@ -394,6 +409,28 @@ def test_an_edit_sees_the_picture_and_the_instruction(
     assert spied.edit([codes], ["x"], size=(16, 16))[0][0].shape == (16, 16, 3)
 
 
+def test_an_edit_of_free_size_ends_where_the_context_does(
+    sampler: Sampler, decoder: Decoder, vocabulary: Vocabulary
+) -> None:
+    """Sizes are only those that fit behind the picture and the instruction."""
+    made: list[tuple[Draft, list[int]]] = []
+
+    class Kept:
+        def generate(self, drafts: Sequence[Draft], drawing: Drawing, watch: Any) -> Any:
+            written = TorchBackend(decoder).generate(drafts, drawing, watch)
+            made.extend(zip(drafts, written, strict=True))
+            return written
+
+    spied = Sampler(decoder, vocabulary, sampler.tokenizer, GRIDS, backend=Kept())
+    codes = np.random.default_rng(0).integers(0, 64, (6, 6))
+    spied.edit([codes], ["make it as red as can be"], "free", n=8, guidance=2.0, image_guidance=1.5)
+    assert len(made) == 8
+    for draft, ids in made:
+        longest = max(map(len, draft.contexts))
+        assert draft.grammar.most == 128 - longest
+        assert longest + len(ids) <= 128
+
+
 @torch.no_grad()
 def test_a_question_is_asked_in_the_chat_template(
     sampler: Sampler, decoder: Decoder, vocabulary: Vocabulary
@@ -445,6 +482,14 @@ def test_text_goes_on_as_text(sampler: Sampler, decoder: Decoder, vocabulary: Vo
     )
 
 
+def test_temperature_0_is_the_likeliest_word_whatever_the_recipe_says(
+    decoder: Decoder, vocabulary: Vocabulary, tokenizer: VisionTokenizer, sampler: Sampler
+) -> None:
+    bold = Sampler(decoder, vocabulary, tokenizer, GRIDS, SamplingSettings(text_temperature=9.0))
+    assert bold.write(["once"], 8) != sampler.write(["once"], 8)
+    assert bold.write(["once"], 8, temperature=0) == sampler.write(["once"], 8)
+
+
 def test_texts_and_pictures_come_back_in_their_order(
     decoder: Decoder, vocabulary: Vocabulary, tokenizer: VisionTokenizer
 ) -> None:
@@ -486,6 +531,12 @@ def test_a_misspelt_keyword_is_an_error(sampler: Sampler) -> None:
         (lambda s: s.images(["a" * 125], "free"), "'aaaa.*over the context of 128: shorten it"),
         (lambda s: s.edit([np.ones((4, 5), int)], ["a"], image_guidance=0), "image-guidance 0 mu"),
         (lambda s: s.edit([np.ones((9, 9), int)], ["a"]), "prompt 'a' takes .* shorten it by"),
+        (lambda s: s.edit([np.ones((4, 5), int)], ["a"], negative="x"), "an edit .* no negative"),
+        (lambda s: s.edit([np.ones((4, 5), int)], ["a"], negative=["x"]), "an edit .* no negative"),
+        (lambda s: s.interleave([["a"]], negative="x"), "a document is led .* takes no negative"),
+        (lambda s: s.extend([np.full((2, 4, 4), 64)], 8), "code 64 is outside the codebook of 64"),
+        (lambda s: s.extend([np.full((2, 4, 4), -1)], 8), "code -1 is outside the codebook of 64"),
+        (lambda s: s.extend([np.zeros((2, 4, 4))], 8), "Video needs whole-number codes"),
         (lambda s: s.edit([np.ones((4, 5), int)], []), "1 pictures have 0 instructions"),
         (lambda s: s.edit([np.ones((2, 4, 5), int)], ["a"]), "a picture is needed here"),
         (lambda s: s.extend([np.ones((2, 4, 4), int)], 6), "frames 6 must be a multiple of 4"),
@@ -545,6 +596,70 @@ def test_a_checkpoint_is_loaded_with_the_weights_that_are_asked_for(
     assert sampler.images(["picture 1"], size=(16, 24))[0][0].shape == (16, 24, 3)
     with pytest.raises(UsageError, match="weights 'int3' are not one of float32, bfloat16, int8"):
         Sampler.load(checkpoint, weights="int3")
+
+
+def test_what_only_training_needs_is_not_of_the_digest(checkpoint: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    before = Sampler.load(moved, device="cpu").digest
+    (moved / "step-00000004" / "optimizer.safetensors").unlink()
+    after = Sampler.load(moved, device="cpu")
+    assert before == after.digest
+    (moved / "step-00000004" / "model.safetensors").write_bytes(b"others")
+    del after.digest
+    assert before != after.digest
+
+
+def test_pixels_are_made_on_the_device_that_was_asked_for(
+    checkpoint: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = VisionTokenizer.load, []
+
+    def load(name: Path, device: str = "cpu") -> VisionTokenizer:
+        asked.append(device)
+        return real(name)
+
+    monkeypatch.setattr(VisionTokenizer, "load", load)
+    monkeypatch.setattr(module, "load_decoder", lambda step, *_: real_decoder(step, "cpu"))
+    real_decoder = load_decoder
+    Sampler.load(checkpoint, device="cuda:1")
+    assert asked == ["cuda:1"]
+    with torch.device("meta"):
+        there = Decoder(weights_config(checkpoint), seed=None)
+    Sampler.for_checkpoint(checkpoint, there)
+    assert asked[1] == "meta"
+
+
+def test_a_server_is_a_backend_and_holds_the_weights(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unimodal.model import vllm_server
+
+    class Server:
+        def __init__(self, url: str, vocabulary: Vocabulary) -> None:
+            self.url, self.vocabulary = url, vocabulary
+
+    monkeypatch.setattr(vllm_server, "VllmServer", Server)
+    sampler = Sampler.load(checkpoint, device="cpu", backend="http://localhost:8000")
+    assert isinstance(sampler.backend, Server) and sampler.backend.url == "http://localhost:8000"
+    assert sampler.backend.vocabulary is sampler.vocabulary and sampler.grids
+    assert sampler.decoder.lm_head.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"backend": "jax"}, "backend jax: torch or vllm"),
+        ({"backend": "vllm", "compile": True}, "vLLM compiles by itself: leave out load.compile"),
+        ({"backend": "http://a:1", "compile": True}, "vLLM compiles by itself"),
+        ({"backend": "http://a:1", "weights": "int8"}, "http://a:1 has its own weights"),
+    ],
+)
+def test_what_a_backend_does_not_take_is_refused_before_it_starts(
+    checkpoint: Path, how: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        Sampler.load(checkpoint, device="cpu", **how)
+    assert "\n" not in str(caught.value)
 
 
 def test_training_leaves_a_grid_of_samples(checkpoint: Path) -> None:

@@ -35,11 +35,14 @@ def serve(
     ] = False,
     names: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", help="Answer to this name as well; may be repeated."),
+        typer.Option(
+            "--allow-host",
+            help="Answer to this name, beside addresses and this machine's own; may be repeated.",
+        ),
     ] = None,
     batch: Annotated[
-        int, typer.Option("--batch", help="Pictures that are drawn at once.", min=1)
-    ] = 32,
+        int | None, typer.Option("--batch", help="Pictures that are drawn at once.", min=1)
+    ] = None,
     max_pixels: Annotated[int | None, typer.Option("--max-pixels", help="Of a picture.")] = None,
     max_frames: Annotated[int | None, typer.Option("--max-frames", help="Of a clip.")] = None,
     max_n: Annotated[int | None, typer.Option("--max-n", help="Pictures of one request.")] = None,
@@ -56,6 +59,7 @@ def serve(
     max_waiting: Annotated[
         int | None, typer.Option("--max-waiting", help="Requests in the queue.")
     ] = None,
+    sets: options.Sets = None,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -63,15 +67,22 @@ def serve(
     """Offer a checkpoint as a page to draw on, and as OpenAI-style endpoints under /v1.
 
     Listens on this machine alone unless --host says otherwise. The address is printed when the
-    server is ready; Ctrl-C ends it when what is being drawn is finished, twice at once.
+    server is ready; Ctrl-C ends it when what is being drawn is finished, twice at once. --set
+    knows more: load.weights, load.tokenizer, load.kind, load.batch, load.compile as sample does,
+    limits.media, limits.given, limits.volume, limits.seconds.
     """
     from unimodal.cli import console
+    from unimodal.cli.prompts import LoadSettings
     from unimodal.model import serve as server
     from unimodal.model import tasks
     from unimodal.model.asked import Limits
     from unimodal.model.guard import LOOPBACK
     from unimodal.pipeline.errors import UsageError
-    from unimodal.pipeline.settings import build
+    from unimodal.pipeline.settings import Settings, build
+
+    class ServeSettings(Settings):
+        load: LoadSettings = LoadSettings()
+        limits: Limits = Limits()
 
     given = {
         "pixels": max_pixels,
@@ -83,7 +94,10 @@ def serve(
         "decoded": max_decoded,
         "waiting": max_waiting,
     }
-    limits = build(Limits, {name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    loaded = {} if batch is None else {"batch": batch}
+    asked = build(ServeSettings, {"limits": given, "load": loaded}, sets=sets or [])
+    load, limits = asked.load, asked.limits
     local = server.is_local(host)
     if not (local or key or insecure):
         raise UsageError(
@@ -96,9 +110,15 @@ def serve(
     from unimodal.model.sample import Sampler
     from unimodal.tokenize.device import usable
 
-    sampler = Sampler.load(source, usable(device), batch)
+    sampler = Sampler.load(
+        *(source, usable(device), load.batch),
+        weights=load.weights,
+        compile=load.compile,
+        tokenizer=load.tokenizer,
+        kind=load.kind,
+    )
     learned = tasks.learned(Path(source))
-    hosts = [*LOOPBACK, *(names or [])] if local or names else None
+    hosts = [*LOOPBACK, host, *(names or [])] if local or names else None
     app = server.application(sampler, limits, name or server.name_of(source), key, hosts, learned)
     url = server.address(host, listener)
     print(url, flush=True)

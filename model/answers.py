@@ -7,7 +7,9 @@ import base64
 import contextlib
 import json
 import secrets
+import sys
 import time
+import traceback
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +30,12 @@ from unimodal.model.queue import (
     Waiting,
     Words,
 )
-from unimodal.model.tasks import SPATIAL, TEMPORAL, Task
+from unimodal.model.tasks import POLL, SPATIAL, TEMPORAL, Task, away
 from unimodal.pipeline.errors import UnimodalError
 
 if TYPE_CHECKING:
     from fastapi import Request
 
-POLL = 0.25
-"""Seconds between two looks whether the client is still there."""
 BREATH = 10.0
 """Seconds of silence in a stream after which a comment is sent, so that no proxy ends it."""
 BEHIND = 8
@@ -59,13 +59,9 @@ class _Feed:
             previews,
         )
         try:
-            self.queue.submit(self.job)
-        except Full as full:
-            raise Refused(
-                str(full), None, 429, "rate_limit_error", "queue_full", full.seconds
-            ) from full
-        except Closed as closed:
-            raise Refused(str(closed), None, 503, "server_error", "shutting_down") from closed
+            self.queue.submit(self.job, task.seat)
+        except (Full, Closed) as error:
+            raise away(error) from error
 
     def _tell(self, event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
@@ -93,22 +89,23 @@ async def drawn(task: Task, stream: bool, request: Request) -> Any:
     if stream:
         feed = _Feed(task, task.partial != 0)
         return _stream(feed, _drawing_events(task, feed))
-    made = await _made(_Feed(task, False), request)
-    if made is None:
+    done = await _made(_Feed(task, False), request)
+    if done is None:
         return _gone()
+    made = done.made
     files = await _files(task, made)
     data = [{"b64_json": base64.b64encode(file).decode()} for file in files]
     body = {"created": int(time.time()), "data": data, **_kept(task, made)}
     return JSONResponse(body | {"seed": task.seed, "usage": _usage(task, made)})
 
 
-async def _made(feed: _Feed, request: Request) -> Any:
+async def _made(feed: _Feed, request: Request) -> Done | None:
     """What was made in the end, None if the client has gone; raises what it failed with."""
     try:
         while True:
             event = await feed.next(POLL)
             if isinstance(event, Done):
-                return event.made
+                return event
             if isinstance(event, Failed):
                 raise _failure(event.error)
             if event is None and await request.is_disconnected():
@@ -121,7 +118,7 @@ def _failure(error: Exception) -> Refused:
     if isinstance(error, UnimodalError):
         return Refused(str(error))
     if isinstance(error, Closed):
-        return Refused(str(error), None, 503, "server_error", "shutting_down")
+        return away(error)
     message = "the server failed; its log says more"
     return Refused(message, None, 500, "server_error")
 
@@ -246,18 +243,18 @@ async def said(task: Task, asked: ChatAsked, request: Request) -> Any:
         usage = bool((asked.stream_options or {}).get("include_usage"))
         feed = _Feed(task, True)
         return _stream(feed, _chat_events(task, feed, head, usage))
-    text = await _made(_Feed(task, False), request)
-    if text is None:
+    done = await _made(_Feed(task, False), request)
+    if done is None:
         return _gone()
-    message = {"role": "assistant", "content": text, "refusal": None}
+    message = {"role": "assistant", "content": done.made, "refusal": None}
     choice = {
         "index": 0,
         "message": message,
-        "finish_reason": _finish(task, text),
+        "finish_reason": _finish(task, done),
         "logprobs": None,
     }
     body = head | {"object": "chat.completion", "choices": [choice]}
-    return JSONResponse(body | {"usage": _chat_usage(task, text)})
+    return JSONResponse(body | {"usage": _chat_usage(task, done)})
 
 
 async def _chat_events(
@@ -288,22 +285,28 @@ async def _chat_events(
             rest = event.made[len(said) :] if event.made.startswith(said) else ""
             if rest:
                 yield chunk({"content": rest})
-            yield chunk({}, _finish(task, event.made))
+            yield chunk({}, _finish(task, event))
             if usage:
                 whole = {"object": "chat.completion.chunk", "choices": []}
-                yield _sse(head | whole | {"usage": _chat_usage(task, event.made)})
+                yield _sse(head | whole | {"usage": _chat_usage(task, event)})
             yield b"data: [DONE]\n\n"
             return
 
 
-def _finish(task: Task, text: str) -> str:
-    tokens = len(task.service.sampler.vocabulary.text.encode(text))
-    return "length" if tokens >= task.settings["max_tokens"] else "stop"
+def _finish(task: Task, done: Done) -> str:
+    ids, eos = _ids(task, done), task.service.sampler.vocabulary.eos
+    if done.ids is None:
+        return "length" if len(ids) >= task.settings["max_tokens"] else "stop"
+    return "stop" if eos in ids[-1:] else "length"
 
 
-def _chat_usage(task: Task, text: str) -> dict[str, int]:
-    made = len(task.service.sampler.vocabulary.text.encode(text))
-    given = task.input_tokens
+def _ids(task: Task, done: Done) -> Sequence[int]:
+    """What was chosen, EOS too if it came; a guess where the backend did not tell."""
+    return task.service.sampler.vocabulary.text.encode(done.made) if done.ids is None else done.ids
+
+
+def _chat_usage(task: Task, done: Done) -> dict[str, int]:
+    made, given = len(_ids(task, done)), task.input_tokens
     return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
 
 
@@ -322,6 +325,14 @@ def _sse_error(error: Exception) -> bytes:
 def _stream(feed: _Feed, events: AsyncIterator[bytes]) -> Any:
     from fastapi.responses import StreamingResponse
 
+    async def whole() -> AsyncIterator[bytes]:
+        try:
+            async for event in events:
+                yield event
+        except Exception as error:  # the status was sent long ago: it is told as an event
+            traceback.print_exception(error, file=sys.stderr)
+            yield _sse_error(error)
+
     class Stream(StreamingResponse):
         """Forgets its job however it ends; starlette ends it when the client goes."""
 
@@ -331,7 +342,7 @@ def _stream(feed: _Feed, events: AsyncIterator[bytes]) -> Any:
             finally:
                 feed.cancel()
 
-    return Stream(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+    return Stream(whole(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 
 def _gone() -> Any:

@@ -39,7 +39,13 @@ class Limits(Settings):
     media: int = Field(default=8, ge=1)
     """Pictures and clips in a chat."""
     waiting: int = Field(default=32, ge=1)
-    """Requests that wait; one more is answered with 429."""
+    """Requests that wait, or are read for it; one more is answered with 429."""
+    given: int = Field(default=4096, ge=4)
+    """Pictures of a clip that is continued, at the rate that training saw most."""
+    volume: int = Field(default=1 << 25, ge=64)
+    """Width times height times pictures of such a clip, as the sampler scales it."""
+    seconds: float = Field(default=20.0, gt=0)
+    """That reading one upload may take."""
 
 
 class Refused(Exception):

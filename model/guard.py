@@ -2,12 +2,14 @@
 
 A page of any site can send requests to a server on the visitor's own machine, and a name that is
 made to point at 127.0.0.1 (DNS rebinding) even reads the answers. So on loopback only known names
-are answered, and what changes something must come from our own page or from no page at all.
+are answered, and addresses, which nobody can point elsewhere; and what changes something must come
+from our own page or from no page at all.
 """
 
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
@@ -58,7 +60,7 @@ class Guard:
         self, app: App, upload: int, key: str | None = None, hosts: Collection[str] | None = None
     ) -> None:
         """`upload`: bytes of a body; `key`: what `Authorization: Bearer` must hold; `hosts`:
-        names that are answered, None for all."""
+        names that are answered beside addresses, None for all."""
         self.app = app
         self.upload = upload
         self.key = key
@@ -120,12 +122,13 @@ class Guard:
     ) -> tuple[int, dict[str, Any]] | None:
         """Status and body for a request that is not answered, else None."""
         host = headers.get("host", "").lower()
-        if self.hosts is not None and _name(host) not in self.hosts:
-            shown = ", ".join(sorted(self.hosts))
+        name = _name(host)
+        if not (self.hosts is None or name in self.hosts or _is_address(name)):
+            shown = ", ".join(sorted(self.hosts or ()))
             return 403, error_body(f"this server answers to {shown}, not to {host or 'no name'}")
         if method not in SAFE:
             origin = headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc.lower() != host:
+            if origin is not None and _place(origin) != host:
                 return 403, error_body(f"requests of pages of {origin} are not answered")
             if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
                 return 403, error_body("requests of other sites' pages are not answered")
@@ -143,6 +146,22 @@ def _name(host: str) -> str:
     if host.startswith("["):
         return host.partition("]")[0] + "]"
     return host.partition(":")[0]
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _place(origin: str) -> str | None:
+    """Name and port of an Origin header, None if it has none that can be read."""
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None
 
 
 async def _refuse(send: Send, status: int, body: dict[str, Any]) -> None:

@@ -75,6 +75,8 @@ class Done:
     """What the sampler made of this job's item: pictures, clips, or a text."""
 
     made: Any
+    ids: Sequence[int] | None = None
+    """Of a text, as far as the backend told: all that were chosen, EOS too if it came."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,26 @@ class Job:
         )
 
 
+class Seat:
+    """A place in the line that is kept for a job that is still being made ready."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._kept = True
+
+    def leave(self) -> None:
+        """Give the place up. Harmless when it is taken or given up already."""
+        with self._queue._changed:
+            self._queue._kept -= self._kept
+            self._kept = False
+
+    def __enter__(self) -> Seat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+
 class Queue:
     """The line and the thread that works it off."""
 
@@ -148,6 +170,7 @@ class Queue:
         self.counts = {"requests": 0, "batches": 0, "failed": 0, "cancelled": 0, "choices": 0}
         self._waiting: list[Job] = []
         self._drawing: list[Job] = []
+        self._kept = 0  # seats
         self._changed = threading.Condition()
         self._closed = self._aborted = False
         self._seconds = 5.0  # that a batch takes, a moving average
@@ -156,17 +179,30 @@ class Queue:
 
     # --- asked from any thread ---------------------------------------------------------------
 
-    def submit(self, job: Job) -> None:
-        """Put a job in the line; raises `Full` or `Closed`."""
+    def seat(self) -> Seat:
+        """Keep a place in the line, before something costly is done for it; raises as `submit`."""
         with self._changed:
-            if self._closed:
-                raise Closed("the server is shutting down")
-            if len(self._waiting) >= self.limit:
-                raise Full(max(1, round(self._seconds * len(self._waiting) / 2)))
+            self._check()
+            self._kept += 1
+            return Seat(self)
+
+    def submit(self, job: Job, seat: Seat | None = None) -> None:
+        """Put a job in the line, in the place that was kept; raises `Full` or `Closed`."""
+        with self._changed:
+            if seat is not None:
+                seat.leave()
+            self._check()
             self.counts["requests"] += 1
             job.tell(Waiting(len(self._waiting) + len(self._drawing)))
             self._waiting.append(job)
             self._changed.notify()
+
+    def _check(self) -> None:
+        if self._closed:
+            raise Closed("the server is shutting down")
+        taken = len(self._waiting) + self._kept
+        if taken >= self.limit:
+            raise Full(max(1, round(self._seconds * taken / 2)))
 
     def cancel(self, job: Job) -> None:
         """Forget a job, wherever it is. Harmless when it is done."""
@@ -241,7 +277,23 @@ class Queue:
             job.tell(Waiting(place + len(self._drawing)))
 
     def _run(self, batch: list[Job]) -> None:
-        """Draw jobs together; where that fails for a reason of theirs, each on its own."""
+        """Draw jobs together; where that fails, each on its own."""
+        error = self._drawn(batch)
+        if error is None:
+            return
+        if not isinstance(error, UnimodalError):  # one request must not end the server
+            traceback.print_exception(error, file=sys.stderr)
+        if len(batch) == 1:
+            self._fail(batch, error)
+            return
+        # Its traceback holds what was being computed with: of no use, and memory may be short.
+        del error
+        _give_back_memory()
+        for job in batch:
+            self._run([job])
+
+    def _drawn(self, batch: list[Job]) -> Exception | None:
+        """Draw jobs together and tell them; what went wrong, if something did."""
         first = batch[0]
         view = _View(self, batch)
         merged = {name: [job.items[name] for job in batch] for name in first.items}
@@ -253,18 +305,12 @@ class Queue:
         except _Left:
             if self._aborted:
                 self._fail(batch, Closed("the server is shutting down"))
-        except UnimodalError as error:
-            if len(batch) > 1:
-                for job in batch:
-                    self._run([job])
-            else:
-                self._fail(batch, error)
-        except Exception as error:  # one request must not end the server
-            traceback.print_exc(file=sys.stderr)
-            self._fail(batch, error)
+        except Exception as error:
+            return error
         else:
-            for job, one in zip(batch, made, strict=True):
-                job.end(Done(one))
+            for place, (job, one) in enumerate(zip(batch, made, strict=True)):
+                job.end(Done(one, view.ids.get(place)))
+        return None
 
     def _fail(self, batch: Sequence[Job], error: Exception) -> None:
         for job in batch:
@@ -283,6 +329,7 @@ class _View(Progress):
         self.marks = [(time.monotonic(), 0)]  # times and choices made by then
         self.told = 0.0
         self.painted = self.cost = 0.0
+        self.ids: dict[int, list[int]] = {}  # of texts, by number of the job
         self.warm = False
 
     def check(self) -> None:
@@ -314,6 +361,7 @@ class _View(Progress):
                 if not job.cancelled:
                     job.tell(event)
         if self.batch[0].method in WRITING:
+            self.ids.update(done)
             self._say(done)
         elif now - self.painted >= self.cost / PAINTING:
             self._paint(done)
@@ -364,6 +412,17 @@ class _View(Progress):
         vocabulary = self.queue.sampler.vocabulary
         text = vocabulary.text.decode([one for one in ids if one != vocabulary.eos])
         return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def _give_back_memory() -> None:
+    """Free what a failed batch left behind, also what the device's allocator keeps."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def newest_rows(

@@ -134,8 +134,10 @@ def application(
     @app.post("/v1/images/edits")
     async def edits(request: Request) -> Response:
         asked, files = await tasks.form_of(request, EditAsked, "image", limits)
-        task = await tasks.edit_task(service, asked, files)
-        return await answers.drawn(task, asked.stream, request)
+        with service.seat() as seat:
+            task = await tasks.edit_task(service, asked, files, seat, request)
+            del files  # they may be large, and the task may wait
+            return await answers.drawn(task, asked.stream, request)
 
     @app.post("/v1/videos/generations")
     async def videos(asked: VideoAsked, request: Request) -> Response:
@@ -144,12 +146,16 @@ def application(
     @app.post("/v1/videos/extensions")
     async def extensions(request: Request) -> Response:
         asked, files = await tasks.form_of(request, ExtendAsked, "video", limits)
-        task = await tasks.extend_task(service, asked, files)
-        return await answers.drawn(task, asked.stream, request)
+        with service.seat() as seat:
+            task = await tasks.extend_task(service, asked, files, seat, request)
+            del files  # they may be large, and the task may wait
+            return await answers.drawn(task, asked.stream, request)
 
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatAsked, request: Request) -> Response:
-        return await answers.said(await tasks.chat_task(service, asked), asked, request)
+        with service.seat() as seat:
+            task = await tasks.chat_task(service, asked, seat, request)
+            return await answers.said(task, asked, request)
 
     return app
 

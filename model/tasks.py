@@ -5,10 +5,12 @@ ImageAsked, EditAsked, VideoAsked, ExtendAsked, ChatAsked  ->  Task  ->  `unimod
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +32,7 @@ from unimodal.model.asked import (
     size_of,
     within,
 )
-from unimodal.model.queue import Queue
+from unimodal.model.queue import Closed, Full, Queue, Seat
 from unimodal.pipeline.errors import MediaError, UnimodalError
 from unimodal.tokenize.document import block_length
 from unimodal.tokenize.vision.pixels import area_size
@@ -47,6 +49,11 @@ SILENT = {
 }
 """Fields that a file does not tell of: they change nothing in it, or are told otherwise."""
 
+POLL = 0.25
+"""Seconds between two looks whether the client is still there."""
+DECODING = 2
+"""Uploads that are decoded at once: each may take hundreds of megabytes for a moment."""
+
 A = TypeVar("A", bound=BaseModel)
 
 
@@ -61,6 +68,22 @@ class Service:
     learned: Mapping[str, int] | None = None
     """See `learned`."""
     began: int = field(default_factory=lambda: int(time.time()))
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DECODING))
+
+    def seat(self) -> Seat:
+        """A place in the queue, to be kept while uploads are read; raises `Refused`."""
+        try:
+            return self.queue.seat()
+        except (Full, Closed) as error:
+            raise away(error) from error
+
+    def sides(self, shape: Sequence[int], kind: str) -> tuple[int, int]:
+        """(height, width) in pixels that the sampler gives pixels [..., H, W, 3], by its rule."""
+        height, width = shape[-3:-1]
+        if self.sampler.manner is not None:
+            return self.sampler.manner.size(height, width)
+        _, rows, columns = self.sampler.grid(None, kind)
+        return area_size(height, width, rows * columns * SPATIAL**2)
 
     def seen(self, kind: str) -> dict[str, Any] | None:
         """The grid of `kind` that training saw most."""
@@ -121,6 +144,13 @@ def learned(checkpoint: Path) -> dict[str, int] | None:
     return about.get("tasks", {"caption": 1} if about.get("grids") else None)
 
 
+def away(error: Full | Closed) -> Refused:
+    """The answer to whom the queue does not take."""
+    if isinstance(error, Full):
+        return Refused(str(error), None, 429, "rate_limit_error", "queue_full", error.seconds)
+    return Refused(str(error), None, 503, "server_error", "shutting_down")
+
+
 @dataclass
 class Task:
     """A request on its way: how it is drawn, told of, and what it is drawn from."""
@@ -139,6 +169,7 @@ class Task:
     progress: bool = False
     seed: int = 0
     input_tokens: int = 0
+    seat: Seat | None = None
 
 
 def image_task(service: Service, asked: ImageAsked) -> Task:
@@ -150,20 +181,26 @@ def image_task(service: Service, asked: ImageAsked) -> Task:
     return task
 
 
-async def edit_task(service: Service, asked: EditAsked, files: Sequence[bytes]) -> Task:
+async def edit_task(
+    service: Service, asked: EditAsked, files: Sequence[bytes], seat: Seat, request: Request
+) -> Task:
+    if asked.negative is not None:
+        raise Refused("an edit leads away from nothing: leave negative out", "negative")
     task = _drawn(service, asked, "edit", "image_edit")
     size = size_of(asked.size, service.limits)
     if len(files) != 1:
         raise Refused(f"one image is edited at a time, not {len(files)}", "image")
-    picture, fps = await _read(service, files[0], "image")
-    if fps is not None:
-        raise Refused("a still image is edited, not a video", "image")
+    held = _held(service, size, "image")
+    take = media.Take(kind="image")
+    picture, _ = await _read(service, files[0], "image", take, request)
+    task.items.pop("negative")
+    task.seat = seat
     task.items |= {"images": picture, "instructions": asked.prompt}
     task.settings |= {"size": size, "image_guidance": asked.image_guidance}
-    _, height, width = _held(service, None, "image")
-    area = height * width * SPATIAL**2
-    rows, columns = size or area_size(picture.shape[0], picture.shape[1], area)
-    task.shape = (1, rows // SPATIAL, columns // SPATIAL)
+    if size is None:
+        rows, columns = service.sides(picture.shape, "image")
+        held = 1, rows // SPATIAL, columns // SPATIAL
+    task.shape = held
     return task
 
 
@@ -177,19 +214,23 @@ def video_task(service: Service, asked: VideoAsked) -> Task:
     return task
 
 
-async def extend_task(service: Service, asked: ExtendAsked, files: Sequence[bytes]) -> Task:
+async def extend_task(
+    service: Service, asked: ExtendAsked, files: Sequence[bytes], seat: Seat, request: Request
+) -> Task:
     task = _drawn(service, asked, "extend", "video_generation")
     if asked.size != "auto":
         raise Refused("a clip keeps its size", "size")
     if len(files) != 1:
         raise Refused(f"one video is continued at a time, not {len(files)}", "video")
-    given, task.fps = await _read(service, files[0], "video")
-    if task.fps is None:
-        raise Refused("a video is continued, not a still image", "video")
+    limits = service.limits
+    take = media.Take(kind="video", whole=True, frames=limits.given, volume=limits.volume)
+    given, task.fps = await _read(service, files[0], "video", take, request)
+    task.seat = seat
     frames = asked.frames or int((service.seen("video") or {"size": [2]})["size"][0]) * TEMPORAL
     task.items |= {"clips": given, "prompts": asked.prompt}
     task.settings |= {"frames": frames, "fps": task.fps}
-    task.shape = (frames // TEMPORAL, given.shape[1] // SPATIAL, given.shape[2] // SPATIAL)
+    rows, columns = service.sides(given.shape, "video")
+    task.shape = (frames // TEMPORAL, rows // SPATIAL, columns // SPATIAL)
     return task
 
 
@@ -277,17 +318,47 @@ def _held(
     return latent if kind == "video" else 1, height, width
 
 
-async def _read(service: Service, data: bytes, param: str) -> tuple[np.ndarray, float | None]:
-    """A picture or clip that was sent, and the rate of a clip; raises `Refused`."""
+async def _read(
+    service: Service, data: bytes, param: str, take: media.Take, request: Request
+) -> tuple[np.ndarray, float | None]:
+    """A picture or clip that was sent, as the sampler scales it, and the rate of a clip.
+
+    Few are read at once. Raises `Refused`, also if the client goes meanwhile.
+    """
     from fastapi.concurrency import run_in_threadpool
 
-    grid = (service.seen("video") or service.seen("image") or {"size": [1, 32, 32]})["size"]
-    area = int(grid[1]) * int(grid[2]) * SPATIAL**2
+    limits = service.limits
+    take = replace(
+        take,
+        size=lambda height, width, kind: service.sides((height, width, 3), kind),
+        fps=service.fps,
+        pixels=limits.decoded,
+        seconds=limits.seconds,
+    )
+    stop = threading.Event()
+    gone = Refused("the client has gone", param, 499)
+    while True:  # for a turn
+        try:
+            await asyncio.wait_for(service.decoding.acquire(), POLL)
+            break
+        except TimeoutError:
+            if await request.is_disconnected():
+                raise gone from None
+    work = asyncio.ensure_future(run_in_threadpool(media.read, data, take, stop.is_set))
+    # The turn is over when the thread is, however this ends.
+    work.add_done_callback(lambda _: service.decoding.release())
     try:
-        return await run_in_threadpool(media.read, data, service.limits.decoded, area, service.fps)
+        while not (await asyncio.wait({work}, timeout=POLL))[0]:
+            if await request.is_disconnected():
+                stop.set()
+        return work.result()
+    except media.Stopped:
+        raise gone from None
     except MediaError as error:
         reason = error.reason.replace("not a video that", "neither a picture nor a video that")
         raise Refused(f"{param}: {reason}", param) from error
+    finally:
+        stop.set()
 
 
 async def form_of(
@@ -317,7 +388,7 @@ async def form_of(
         raise refusal(error.errors()) from error
 
 
-async def chat_task(service: Service, asked: ChatAsked) -> Task:
+async def chat_task(service: Service, asked: ChatAsked, seat: Seat, request: Request) -> Task:
     """One picture and no word: a description; else an answer. Raises `Refused`."""
     check_name(service, asked.model)
     limits = service.limits
@@ -325,22 +396,31 @@ async def chat_task(service: Service, asked: ChatAsked) -> Task:
     if limit > limits.tokens:
         raise Refused(f"max_tokens {limit} is over the limit of {limits.tokens}", "max_tokens")
     turns, urls = conversation(asked.messages, limits)
-    seen = [await _read(service, data_url(url), "messages") for url in urls]
-    settings: dict[str, Any] = {"max_tokens": limit, "temperature": asked.temperature or None}
-    settings |= {k: v for k in ("top_k", "top_p") if (v := getattr(asked, k)) is not None}
+    describes = len(urls) == 1 and turns == [""]
+    _able(service, "describe" if describes else "ask")
+    frames = max(media.TAKEN, TEMPORAL * int((service.seen("video") or {"size": [1]})["size"][0]))
+    # All at one rate: there is one for a whole chat.
+    take = media.Take(frames=frames, volume=limits.volume, steady=True)
+    seen = [await _read(service, data_url(url), "messages", take, request) for url in urls]
+    shown = [one for one, _ in seen]
+    settings: dict[str, Any] = {"max_tokens": limit}
+    settings |= {
+        name: value
+        for name in ("temperature", "top_k", "top_p")
+        if (value := getattr(asked, name)) is not None
+    }
+    if asked.temperature == 0:
+        settings |= {"temperature": None, "top_k": 1}  # the likeliest, whatever the recipe says
+    if any(fps is not None for _, fps in seen):
+        settings["fps"] = service.fps
     items: dict[str, Any] = {"seed": asked.seed or 0}
-    if len(seen) == 1 and turns == [""]:
-        _able(service, "describe")
-        task = Task(service, "describe", items | {"images": seen[0][0]}, settings, {})
+    if describes:
+        task = Task(service, "describe", items | {"images": shown[0]}, settings, {})
     else:
-        _able(service, "ask")
-        items |= {"media": [one for one, _ in seen], "questions": turns}
-        task = Task(service, "ask", items, settings, {})
-    rates = [fps for _, fps in seen if fps is not None]
-    if rates:
-        task.settings["fps"] = rates[0]
-    task.input_tokens = _asked_tokens(service, turns, [one for one, _ in seen])
+        task = Task(service, "ask", items | {"media": shown, "questions": turns}, settings, {})
+    task.input_tokens = _asked_tokens(service, turns, shown)
     task.progress = asked.progress
+    task.seat = seat
     return task
 
 
@@ -350,9 +430,7 @@ def _asked_tokens(service: Service, turns: Sequence[str], shown: Sequence[np.nda
     count = sum(len(vocabulary.text.encode(turn)) for turn in turns)
     for pixels in shown:
         moving = pixels.ndim == 4
-        _, height, width = service.sampler.grid(None, "video" if moving else "image")
-        area = height * width * SPATIAL**2
-        rows, columns = area_size(pixels.shape[-3], pixels.shape[-2], area)
+        rows, columns = service.sides(pixels.shape, "video" if moving else "image")
         sides = rows // SPATIAL, columns // SPATIAL
         span = (len(pixels) // TEMPORAL, service.fps) if moving else ()
         count += block_length(vocabulary, *sides, *span)

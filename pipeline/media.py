@@ -84,6 +84,7 @@ class Video:
     packets: int = 0
     scaler: Scaler = field(default_factory=lambda: Scaler())
     source: Iterator[Frame] | None = None  # where frames() goes on
+    tick: fetch.Tick | None = None  # told of each packet, of which some yield nothing
 
     def seek(self, pts: int) -> bool:
         """Go to the key frame before `pts`, if the container can; false if it cannot."""
@@ -151,6 +152,8 @@ class Video:
                 self.damaged += 1  # the container itself breaks off here
                 return
             self.packets += 1
+            if self.tick is not None:
+                self.tick(0)
             try:
                 images = packet.decode()
             except av.error.FFmpegError:
@@ -291,10 +294,16 @@ def open_image(path: Path, found: Probe, limits: Limits = DEFAULT_LIMITS) -> Vid
 
 
 @contextmanager
-def open_video(path: Path, limits: Limits = DEFAULT_LIMITS, threads: int = 1) -> Iterator[Video]:
+def open_video(
+    path: Path,
+    limits: Limits = DEFAULT_LIMITS,
+    threads: int = 1,
+    tick: fetch.Tick | None = None,
+) -> Iterator[Video]:
     """Open a video for one pass; raises `MediaError` if it is none or beyond a limit.
 
-    `threads` are the decoder's. The frames are the same for any number.
+    `threads` are the decoder's. The frames are the same for any number. `tick` is told, with 0, of
+    each packet that is read.
     """
     if is_image(path):
         found = probe_image(path, limits)
@@ -311,12 +320,14 @@ def open_video(path: Path, limits: Limits = DEFAULT_LIMITS, threads: int = 1) ->
     except av.error.FFmpegError as error:
         raise MediaError(f"not a video that can be read ({_short(error)})", path) from error
     try:
-        yield _measure(path, container, limits, threads)
+        yield _measure(path, container, limits, threads, tick)
     finally:
         container.close()
 
 
-def _measure(path: Path, container: Any, limits: Limits, threads: int) -> Video:
+def _measure(
+    path: Path, container: Any, limits: Limits, threads: int, tick: fetch.Tick | None
+) -> Video:
     import av
 
     stream = next(
@@ -367,6 +378,7 @@ def _measure(path: Path, container: Any, limits: Limits, threads: int) -> Video:
         limits,
         container=container,
         stream=stream,
+        tick=tick,
     )
     decoded = video.decode()
     first = next(decoded, None)

@@ -79,7 +79,7 @@ def queue_of(client: httpx.Client) -> Queue:
 
 
 def pixels_of(b64: str) -> np.ndarray:
-    return media.read(base64.b64decode(b64), 10**6, 32 * 32, fps=6.0)[0]
+    return media.read(base64.b64decode(b64), media.Take(fps=6.0))[0]
 
 
 def events_of(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

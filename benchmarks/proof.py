@@ -12,6 +12,7 @@ that is there; training goes on from its last checkpoint. DIR/figures.json holds
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import multiprocessing
 import time
@@ -30,6 +31,7 @@ from benchmarks.shapes import Clip, Edit, Seen, Thing
 from unimodal.model.recipe import settings_from
 from unimodal.model.sample import Sampler
 from unimodal.model.train import train
+from unimodal.pipeline.files import atomic
 from unimodal.tokenize.document import Image, Piece, Text
 from unimodal.tokenize.shards import Sample, ShardWriter, write_shard
 from unimodal.tokenize.vision.pixels import to_pixels, to_uint8
@@ -51,13 +53,25 @@ BATCH = 32  # pictures, or clips of four times fewer groups, that are encoded at
 # --- data -----------------------------------------------------------------------------------
 
 
+def vocabulary(folder: Path, codebook_size: int) -> Vocabulary:
+    """One id for each word of the shapes' captions, as a large model's vocabulary has it, and the
+    bytes. With bytes alone the same decoder has to learn to spell first, and in the same time it
+    draws shapes from memory rather than as told."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = [bytes([byte]) for byte in range(256)] + [word.encode() for word in shapes.WORDS]
+    lines = [f"{base64.b64encode(one).decode()} {rank}" for rank, one in enumerate(ranks)]
+    with atomic(folder / "words.tiktoken") as path:
+        path.write_text("\n".join(lines) + "\n")
+    return Vocabulary.named(str(folder / "words.tiktoken"), codebook_size)
+
+
 def make_shards(out: Path, counts: Mapping[str, int], workers: int) -> list[Path]:
     """A directory of shards for each kind; shards that are there are kept."""
     tokenizer = VisionTokenizer.load("small")
-    vocabulary = Vocabulary.bytes(tokenizer.codebook_size)
+    words = vocabulary(out, tokenizer.codebook_size)
     writers, todo = {}, []
     for kind, count in counts.items():
-        writers[kind] = ShardWriter(out / kind, tokenizer, vocabulary, {"shapes": kind})
+        writers[kind] = ShardWriter(out / kind, tokenizer, words, {"shapes": kind})
         for number, start in enumerate(range(0, count, SHARD[kind])):
             size = min(SHARD[kind], count - start)
             digest = f"{kind}-{number}-{size}-{WORLD}-{SEED}"
@@ -79,11 +93,11 @@ def _unit(unit: tuple[str, int, int, str, Path, dict[str, Any]]) -> None:
     kind, number, size, digest, out, header = unit
     torch.set_num_threads(1)
     tokenizer = VisionTokenizer.load("small")
-    vocabulary = Vocabulary.bytes(tokenizer.codebook_size)
+    words = Vocabulary.load(out / "vocabulary")
     make = {"pictures": _pictures, "clips": _clips, "edits": _edits}[kind]
     rng = shapes.rng_of(SEED, kind, number, WORLD)
     samples = []
-    for place, told in enumerate(make(rng, size, tokenizer, vocabulary)):
+    for place, told in enumerate(make(rng, size, tokenizer, words)):
         key = f"{kind}-{number:03d}-{place:04d}"
         split = "val" if place % 32 == 0 else "train"
         samples.append(Sample(key=key, uid=key, split=split, source_sha256=f"{0:064x}", **told))
@@ -94,26 +108,26 @@ Told = Iterator[dict[str, Any]]
 
 
 def _pictures(
-    rng: np.random.Generator, size: int, tokenizer: VisionTokenizer, vocabulary: Vocabulary
+    rng: np.random.Generator, size: int, tokenizer: VisionTokenizer, words: Vocabulary
 ) -> Told:
     things = [shapes.thing(rng, unseen=False) for _ in range(size)]
     codes = encoded(tokenizer, [shapes.picture(one) for one in things])
     for one, grid in zip(things, codes, strict=True):
-        yield {"kind": "image", "codes": grid, "captions": [_caption(one.caption, vocabulary)]}
+        yield {"kind": "image", "codes": grid, "captions": [_caption(one.caption, words)]}
 
 
 def _clips(
-    rng: np.random.Generator, size: int, tokenizer: VisionTokenizer, vocabulary: Vocabulary
+    rng: np.random.Generator, size: int, tokenizer: VisionTokenizer, words: Vocabulary
 ) -> Told:
     clips = [shapes.moving(rng, unseen=False) for _ in range(size)]
     codes = encoded(tokenizer, [shapes.clip(one) for one in clips])
     for one, grid in zip(clips, codes, strict=True):
-        caption = _caption(one.caption, vocabulary)
+        caption = _caption(one.caption, words)
         yield {"kind": "video", "codes": grid, "fps": shapes.FPS, "captions": [caption]}
 
 
 def _edits(
-    rng: np.random.Generator, size: int, tokenizer: VisionTokenizer, vocabulary: Vocabulary
+    rng: np.random.Generator, size: int, tokenizer: VisionTokenizer, words: Vocabulary
 ) -> Told:
     edits = [shapes.edit(rng, unseen=False) for _ in range(size)]
     codes = [
@@ -126,13 +140,13 @@ def _edits(
             Piece(Text(one.instruction), "instruction"),
             Piece(Image(result[0]), "result"),
         ]
-        tokens = [None, len(vocabulary.text.encode(one.instruction)), None]
+        tokens = [None, len(words.text.encode(one.instruction)), None]
         more = {"task": "edit", "pieces": pieces, "tokens": tokens}
         yield {"kind": "document", "codes": None, **more}
 
 
-def _caption(text: str, vocabulary: Vocabulary) -> dict[str, Any]:
-    tokens = len(vocabulary.text.encode(text))
+def _caption(text: str, words: Vocabulary) -> dict[str, Any]:
+    tokens = len(words.text.encode(text))
     return {"style": "plain", "lang": "en", "text": text, "tokens": tokens}
 
 
@@ -565,6 +579,7 @@ def main() -> None:
         found = stage(run)
         found["seconds"] = round(time.monotonic() - begun, 1)
         print(f"{name}: {found['seconds']} s", flush=True)
+        figures = json.loads(path.read_text()) if path.exists() else {}  # others may run
         path.write_text(json.dumps(figures | {name: found}, indent=1) + "\n")
     if arguments.pictures:
         proof_pictures.write(run.out, arguments.pictures, SCALES, SHOWN)

@@ -57,6 +57,10 @@ MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shri
 SPEED = 2.0
 """Pixels per frame; what grows or shrinks gains or loses half as many."""
 
+_NAMES = (*SIZES, *COLOURS, *SHAPES, *PLACES, *GROUNDS, *MOTIONS, "it to the on")
+WORDS = ("make", "move", *sorted({f" {word}" for name in _NAMES for word in name.split()}))
+"""Of captions and instructions, as a text tokenizer parts them."""
+
 GROUND_STEP = 15.0
 """Grey levels by which the ground may differ and is still called kept."""
 

@@ -398,8 +398,8 @@ async def chat_task(service: Service, asked: ChatAsked, seat: Seat, request: Req
     turns, urls = conversation(asked.messages, limits)
     describes = len(urls) == 1 and turns == [""]
     _able(service, "describe" if describes else "ask")
-    frames = max(media.TAKEN, TEMPORAL * int((service.seen("video") or {"size": [1]})["size"][0]))
-    # All at one rate: there is one for a whole chat.
+    # As many pictures of a clip as are looked at, and all at one rate: there is one for a chat.
+    frames = service.sampler.seen or media.TAKEN
     take = media.Take(frames=frames, volume=limits.volume, steady=True)
     seen = [await _read(service, data_url(url), "messages", take, request) for url in urls]
     shown = [one for one, _ in seen]
@@ -409,8 +409,6 @@ async def chat_task(service: Service, asked: ChatAsked, seat: Seat, request: Req
         for name in ("temperature", "top_k", "top_p")
         if (value := getattr(asked, name)) is not None
     }
-    if asked.temperature == 0:
-        settings |= {"temperature": None, "top_k": 1}  # the likeliest, whatever the recipe says
     if any(fps is not None for _, fps in seen):
         settings["fps"] = service.fps
     items: dict[str, Any] = {"seed": asked.seed or 0}

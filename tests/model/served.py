@@ -35,6 +35,8 @@ class Held:
     reached: threading.Event = field(default_factory=threading.Event)
     """Set where a row has ended."""
     breaks: bool = False
+    most: int = 1 << 30
+    """Drafts of a call; for more there is no memory."""
 
     def generate(
         self, drafts: Sequence[Draft], drawing: Drawing, watch: Watch | None = None
@@ -42,6 +44,8 @@ class Held:
         self.calls.append(len(drafts))
         if self.breaks:
             raise RuntimeError("a screw is loose")
+        if len(drafts) > self.most:
+            raise MemoryError("out of memory")
 
         def seen(done: Mapping[int, list[int]], steps: int) -> None:
             assert watch is not None

@@ -6,6 +6,7 @@ import base64
 import concurrent.futures
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,8 +22,10 @@ from PIL import Image
 from tests.model.served import GRIDS, Held, listening, small_sampler
 from unimodal.model import media, serve
 from unimodal.model.asked import Limits
+from unimodal.model.emu3 import Manner
 from unimodal.model.queue import Queue
 from unimodal.model.sample import Sampler
+from unimodal.tokenize.document import block_length
 
 JSON = {"content-type": "application/json"}
 IMAGES, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -52,6 +55,7 @@ def held(made: tuple[Sampler, Held]) -> Iterator[Held]:
     backend.free.set()
     backend.reached.clear()
     backend.breaks = False
+    backend.most = 1 << 30
 
 
 Serve = Callable[..., httpx.Client]
@@ -89,7 +93,7 @@ def events_of(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.01)
@@ -219,6 +223,89 @@ def test_clips_are_drawn_and_continued(served: Serve, sampler: Sampler) -> None:
     assert answer["output_format"] == "mp4" and answer["size"] == "32x32"
 
 
+def test_all_of_a_long_clip_is_continued_and_a_longer_one_refused(
+    served: Serve, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    real = sampler.extend
+
+    def extend(clips: Any, *args: Any, **settings: Any) -> Any:
+        given.extend(map(len, clips))
+        return real(clips, *args, **settings)
+
+    monkeypatch.setattr(sampler, "extend", extend)
+    file = {"video": media.clip(np.tile(CLIP, (6, 1, 1, 1)), 6.0, "webp", {})}
+    data = {"frames": "4", "output_format": "webp"}
+    answer = served().post(EXTENSIONS, files=file, data=data)
+    assert answer.status_code == 200 and given == [48]
+    for limits in (Limits(given=44), Limits(volume=44 * 32 * 32)):
+        error = served(limits=limits).post(EXTENSIONS, files=file, data=data).json()["error"]
+        assert error["param"] == "video" and "more than 44 pictures of 32x32" in error["message"]
+
+
+def test_clips_of_several_rates_in_a_chat_are_taken_at_one(
+    served: Serve, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def ask(media: Any, questions: Any, **settings: Any) -> list[str]:
+        asked.append(([len(one) for one in media[0]], settings["fps"]))
+        return ["a kite"]
+
+    monkeypatch.setattr(sampler, "ask", ask)
+    parts: list[Any] = [{"type": "text", "text": "what differs?"}]
+    for fps in (3.0, 24.0):
+        clip = base64.b64encode(media.clip(np.tile(CLIP, (4, 1, 1, 1)), fps, "webp", {})).decode()
+        parts.append({"type": "video_url", "video_url": {"url": f"data:video/webp;base64,{clip}"}})
+    answer = served().post(CHAT, json={"messages": [{"role": "user", "content": parts}]})
+    # What the checkpoint looks at: 8 pictures, 6 a second.
+    assert answer.status_code == 200 and asked == [([8, 8], 6.0)]
+
+
+# --- what a chat tells -----------------------------------------------------------------------
+
+
+def test_temperature_0_takes_the_likeliest_words_whatever_the_recipe_says(
+    served: Serve, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    likeliest = sampler.ask([[]], ["hello"], max_tokens=20)[0]
+    defaults = sampler.defaults.model_copy(update={"text_temperature": 5.0, "text_top_k": 1000})
+    monkeypatch.setattr(sampler, "defaults", defaults)
+    client = served()
+    asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 20, "seed": 3}
+    said = [
+        client.post(CHAT, json=asked | more).json()["choices"][0]["message"]["content"]
+        for more in ({"temperature": 0}, {})
+    ]
+    assert said[0] == likeliest != said[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_why_words_end_and_how_many_there_are_is_what_was_chosen(
+    served: Serve, sampler: Sampler, held: Held, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    eos = sampler.vocabulary.eos
+    client = served()
+    # Text alone tells neither: what ends just at the limit, and bytes that are no characters.
+    for ids, finish in (([65, 66, eos], "stop"), ([65, 66, 67], "length"), ([255, 254], "length")):
+
+        def generate(drafts: Any, drawing: Any, watch: Any, ids: Any = ids) -> Any:
+            for made in range(1, len(ids) + 1):
+                watch({0: list(ids[:made])}, 1)
+            return [list(ids)]
+
+        monkeypatch.setattr(held, "generate", generate)
+        asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+        if stream:
+            asked |= {"stream": True, "stream_options": {"include_usage": True}}
+            *_, last, usage = events_of(iter(client.post(CHAT, json=asked).text.split("\n")))
+            told = last["choices"][0]["finish_reason"], usage["usage"]["completion_tokens"]
+        else:
+            answer = client.post(CHAT, json=asked).json()
+            told = answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]
+        assert told == (finish, len(ids))
+
+
 # --- the queue -------------------------------------------------------------------------------
 
 
@@ -263,6 +350,29 @@ def test_a_request_that_is_at_fault_does_not_spoil_those_it_shares_a_batch_with(
         refused = long.result()
     assert refused.status_code == 400
     assert "over the context" in refused.json()["error"]["message"]
+
+
+def test_a_batch_that_is_too_large_for_memory_is_drawn_one_by_one(
+    served: Serve, held: Held, sampler: Sampler, capfd: pytest.CaptureFixture[str]
+) -> None:
+    client = served()
+    held.free.clear()
+    held.most = 1
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(client.post, IMAGES, json={"prompt": "first"})
+        until(held.reached.is_set)
+        large = pool.submit(client.post, IMAGES, json={"prompt": "a", "n": 2, "seed": 1})
+        small = pool.submit(client.post, IMAGES, json={"prompt": "b", "n": 1, "seed": 2})
+        two = pool.submit(client.post, IMAGES, json={"prompt": "c", "n": 1, "seed": 2})
+        until(lambda: queue_of(client).waiting == 3)
+        held.free.set()
+        assert first.result().status_code == 200 and large.result().status_code == 500
+        for prompt, answer in (("b", small.result()), ("c", two.result())):
+            assert answer.status_code == 200
+            alone = sampler.images([prompt], seed=2)[0][0]
+            assert (pixels_of(answer.json()["data"][0]["b64_json"]) == alone).all()
+    assert queue_of(client).counts["failed"] == 1 and sorted(held.calls)[-2:] == [2, 2]
+    assert "out of memory" in capfd.readouterr().err
 
 
 def test_who_goes_away_frees_the_queue_at_the_next_row(served: Serve, held: Held) -> None:
@@ -370,6 +480,136 @@ def test_a_failure_of_ours_is_a_500_and_not_the_end(
     assert "unimodal_failed_total 2" in client.get("/metrics").text
 
 
+@pytest.mark.parametrize("path", [IMAGES, CHAT])
+def test_what_goes_wrong_in_a_stream_is_told_as_an_event(
+    served: Serve, path: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("the disk is full")
+
+    monkeypatch.setattr(media, "picture", broken)
+    monkeypatch.setattr("unimodal.model.answers._chat_usage", broken)
+    asked: Any = {"prompt": "a", "partial_images": 0}
+    if path == CHAT:
+        asked = {"messages": [USER], "max_tokens": 3, "stream_options": {"include_usage": True}}
+    answer = served().post(path, json=asked | {"stream": True})
+    *_, last = events_of(iter(answer.text.split("\n")))
+    assert answer.status_code == 200 and last["error"]["type"] == "server_error"
+    assert "disk" not in answer.text and "the disk is full" in capfd.readouterr().err
+
+
+# --- what is uploaded ------------------------------------------------------------------------
+
+
+def test_what_waits_is_as_small_as_the_sampler_sees_it(served: Serve, held: Held) -> None:
+    client = served()
+    queue = queue_of(client)
+    held.free.clear()
+    large = np.zeros((800, 1000, 3), np.uint8)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(client.post, IMAGES, json={"prompt": "first"})
+        until(held.reached.is_set)
+        file = {"image": media.picture(large, "png")}
+        edit = pool.submit(client.post, EDITS, files=file, data={"prompt": "blue"})
+        until(lambda: queue.waiting == 1)
+        (job,) = queue._waiting
+        assert job.items["images"].shape == (32, 40, 3)
+        held.free.set()
+        assert first.result().status_code == edit.result().status_code == 200
+
+
+class Slow:
+    """Instead of `media.read`: is in no hurry, and counts those that read."""
+
+    def __init__(self) -> None:
+        self.free = threading.Event()
+        self.reading = self.most = self.stopped = 0
+        self.lock = threading.Lock()
+
+    def __call__(self, data: bytes, take: Any, stopped: Any) -> Any:
+        with self.lock:
+            self.reading += 1
+            self.most = max(self.most, self.reading)
+        try:
+            while not self.free.wait(0.01):
+                if stopped():
+                    self.stopped += 1
+                    raise media.Stopped
+            return PICTURE, None
+        finally:
+            with self.lock:
+                self.reading -= 1
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    reader = Slow()
+    monkeypatch.setattr(media, "read", reader)
+    yield reader
+    reader.free.set()
+
+
+def test_few_uploads_are_read_at_once_and_only_with_a_place_in_the_queue(
+    served: Serve, slow: Slow
+) -> None:
+    client = served(limits=Limits(waiting=3))
+    queue = queue_of(client)
+    given = {"files": {"image": b"png"}, "data": {"prompt": "blue"}}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        edits = [pool.submit(client.post, EDITS, **given) for _ in range(3)]
+        until(lambda: slow.reading == 2 and queue._kept == 3)
+        assert client.post(EDITS, **given).json()["error"]["code"] == "queue_full"  # type: ignore
+        assert client.post(CHAT, json={"messages": [USER]}).status_code == 429
+        slow.free.set()
+        assert [edit.result().status_code for edit in edits] == [200] * 3
+    assert slow.most == 2
+    until(lambda: queue._kept == 0)
+
+
+def test_reading_ends_when_the_client_goes(served: Serve, slow: Slow) -> None:
+    client = served()
+    with pytest.raises(httpx.ReadTimeout):
+        client.post(EDITS, files={"image": b"png"}, data={"prompt": "blue"}, timeout=1)
+    until(lambda: slow.stopped == 1 and queue_of(client)._kept == 0)
+    slow.free.set()
+    assert client.post(IMAGES, json={"prompt": "b"}).status_code == 200
+
+
+def test_an_upload_may_take_only_so_long(served: Serve) -> None:
+    file = {"video": media.clip(CLIP, 6.0, "mp4", {})}
+    answer = served(limits=Limits(seconds=1e-9)).post(EXTENSIONS, files=file)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "video"
+    assert "seconds to decode" in error["message"]
+
+
+def test_emu3s_own_rule_says_how_large_an_upload_becomes(
+    served: Serve, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manner = Manner(min_pixels=32 * 32, max_pixels=48 * 48)
+    monkeypatch.setattr(sampler, "manner", manner)
+    jobs = []
+    client = served()
+    real = queue_of(client).submit
+    monkeypatch.setattr(
+        queue_of(client), "submit", lambda job, seat: (jobs.append(job), real(job, seat))
+    )
+    picture = np.zeros((120, 90, 3), np.uint8)
+    answer = client.post(
+        EDITS, files={"image": media.picture(picture, "png")}, data={"prompt": "blue"}
+    )
+    rows, columns = manner.size(120, 90)
+    assert answer.json()["size"] == f"{columns}x{rows}" and (rows, columns) != (40, 32)
+    (job,) = jobs
+    assert job.shape == (1, rows // 8, columns // 8)
+    assert job.items["images"].shape == (rows, columns, 3)
+    content = [{"type": "image_url", "image_url": {"url": data_url(picture)}}]
+    answer = client.post(CHAT, json={"messages": [{"role": "user", "content": content}]})
+    assert answer.json()["usage"]["prompt_tokens"] == block_length(
+        sampler.vocabulary, rows // 8, columns // 8
+    )
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 USER = {"role": "user", "content": "hello"}
@@ -473,6 +713,12 @@ def test_uploads_are_bounded_before_they_are_decoded(
         (EDITS, {"image": media.picture(PICTURE, "png")}, {}, "prompt"),
         (EDITS, {"image": media.picture(PICTURE, "png")}, {"prompt": "a", "n": "x"}, "n"),
         (EDITS, {"image": media.clip(CLIP, 6, "webp", {})}, {"prompt": "a"}, "image"),
+        (
+            EDITS,
+            {"image": media.picture(PICTURE, "png")},
+            {"prompt": "a", "negative": "b"},
+            "negative",
+        ),
         (EXTENSIONS, {"video": media.picture(PICTURE, "png")}, {}, "video"),
         (EXTENSIONS, {"video": media.clip(CLIP, 6, "mp4", {})}, {"size": "32x32"}, "size"),
     ],
@@ -516,6 +762,12 @@ def test_only_known_names_are_answered(served: Serve) -> None:
         assert client.get("/v1/models", headers={"host": host}).status_code == 403
     for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]:80"):
         assert client.get("/v1/models", headers={"host": host}).status_code == 200
+    for host in (
+        "127.0.0.2:8000",
+        "192.168.1.2",
+        "[fe80::1]:80",
+    ):  # nobody can point them elsewhere
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200
     anyone = served(hosts=None)
     assert anyone.get("/health", headers={"host": "any.example"}).status_code == 200
 
@@ -526,6 +778,7 @@ def test_pages_of_other_sites_get_nothing_done(served: Serve, held: Held) -> Non
     for headers in (
         {"origin": "https://evil.example"},
         {"origin": "null"},
+        {"origin": "http://["},
         {"origin": own.replace(":", ":1", 1)},
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},

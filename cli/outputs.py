@@ -1,7 +1,8 @@
 """Files that `unimodal sample` makes: each tells its origin, and is there whole or not at all.
 
     out/
-      000-a-red-kite-s0-0.png      number of the request, its words, seed, number of the copy
+      000-a-red-kite-s0-0.png      number of the request, its words, seed, number of the copy;
+                                   of words that are not all of it a digest too: …-1f0c2a9b-s0-0
       003-a-story-s0-0/            a document: document.json, its pictures, index.html
       sheet-s0.png                 all pictures at a glance; of a clip its middle frame
       results.jsonl                a line for each file, in order
@@ -15,10 +16,12 @@ There is no time of day in any of them: the same command writes the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,14 +47,38 @@ STYLE = (
     ".given{opacity:.6}"
 )
 
-_STALE = re.compile(r"\..+\.(\d+)\.tmp")
 _NAME = re.compile(r"(\d+)-.*-s\d+-(\d+)(\.[a-z0-9]+)?")
+# A file of ours that was being written: any other .tmp in the folder is somebody else's.
+_STALE = re.compile(
+    r"\.(?:\d{3,}-.+-s\d+-\d+(?:\.[a-z0-9]+|\.partial\.png)|sheet-s\d+\.png|results\.jsonl"
+    r"|failed\.jsonl)\.(\d+)\.tmp"
+)
+LONGEST_SLUG = 48, 120
+"""Characters and bytes of a prompt in the name of a file."""
 
 
 def name_of(number: int, title: str, seed: int, copy: int) -> str:
     """What the files of a request are called, without suffix."""
-    slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:48].strip("-") or "empty"
-    return f"{number:03d}-{slug}-s{seed}-{copy}"
+    return f"{number:03d}-{slug_of(title)}-s{seed}-{copy}"
+
+
+def slug_of(title: str) -> str:
+    """The words of a prompt, in any script. Where it is not all of it (capitals, commas, what is
+    too long), a digest follows: no two prompts have the same."""
+    words = unicodedata.normalize("NFC", unicodedata.normalize("NFC", title).casefold())
+    kept = (
+        c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else "-" for c in words
+    )
+    slug = re.sub("-+", "-", "".join(kept)).strip("-")
+    characters, most = LONGEST_SLUG
+    if not title:
+        return "empty"
+    whole = slug.replace("-", " ") == title != "empty"
+    if whole and len(slug) <= characters and len(slug.encode()) <= most:
+        return slug
+    digest = hashlib.sha256(title.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    slug = slug[: characters - 9].encode()[: most - 9].decode("utf-8", "ignore").strip("-")
+    return f"{slug or 'empty'}-{digest}"
 
 
 class Folder:

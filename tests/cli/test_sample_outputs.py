@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from unimodal.cli import outputs
-from unimodal.cli.outputs import Folder, contact_sheet, name_of, read_about
+from unimodal.cli.outputs import Folder, contact_sheet, name_of, read_about, slug_of
 from unimodal.pipeline.errors import UnimodalError, UsageError
 
 ASKED: dict[str, Any] = {"prompt": 'a „kite“\n<b>"', "seed": 3, "guidance": 1.5, "size": [16, 24]}
@@ -168,6 +169,30 @@ def test_a_document_is_a_folder_that_can_be_read_and_gone_on_with(tmp_path: Path
 
 
 def test_names_are_plain_and_of_bounded_length() -> None:
-    assert name_of(3, "A red kite, in the sky!", 7, 1) == "003-a-red-kite-in-the-sky-s7-1"
-    assert name_of(0, "", 0, 0) == "000-empty-s0-0" == name_of(0, "../../…", 0, 0)
+    assert name_of(3, "a red kite in the sky", 7, 1) == "003-a-red-kite-in-the-sky-s7-1"
+    name = name_of(3, "A red kite, in the sky!", 7, 1)
+    assert re.fullmatch("003-a-red-kite-in-the-sky-[0-9a-f]{8}-s7-1", name)
+    assert name_of(0, "", 0, 0) == "000-empty-s0-0"
+    assert re.fullmatch("000-empty-[0-9a-f]{8}-s0-0", name_of(0, "../../…", 0, 0))
     assert len(name_of(0, "word " * 100, 0, 0)) < 64
+
+
+def test_names_keep_words_of_every_script_and_no_two_prompts_share_one() -> None:
+    assert name_of(0, "красный змей", 0, 0) == "000-красный-змей-s0-0"
+    assert name_of(0, "一只红色的风筝", 0, 0) == "000-一只红色的风筝-s0-0"
+    assert name_of(0, "लाल पतंग", 0, 0) == "000-लाल-पतंग-s0-0"  # vowel signs are of the word
+    prompts = ["", "empty", "a cat", "A cat", "a cat!", "a  cat", "a-cat", "!", "?", "é", "e\u0301"]
+    prompts += ["猫" * 40, "猫" * 41, "猫" * 80, "word " * 20, "word " * 21, "\ud800"]
+    slugs = [slug_of(prompt) for prompt in prompts]
+    assert len(set(slugs)) == len(prompts)
+    assert all(len(one) <= 48 and len(one.encode()) <= 120 and "/" not in one for one in slugs)
+
+
+def test_only_temporary_files_of_ours_are_swept_away(tmp_path: Path) -> None:
+    theirs = [".database.999999999.tmp", ".x.png.999999999.tmp", ".results.csv.999999999.tmp"]
+    ours = ["000-a-s0-0.png", "000-ж-s0-0.partial.png", "1000-b-s1-12.mp4", "sheet-s0.png"]
+    ours = [f".{one}.999999999.tmp" for one in [*ours, "results.jsonl", "failed.jsonl"]]
+    for name in [*theirs, *ours]:
+        (tmp_path / name).write_bytes(b"half")
+    Folder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)

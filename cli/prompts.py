@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.settings import Settings, build
@@ -47,14 +48,51 @@ CLIPS = ("mp4", "gif", "webp")
 FORMATS = (*STILLS, "mp4", "gif", "text")
 
 
+WORDS = frozenset({"temperature", "top_k", "top_p", "seed", "format"})
+SIZED = frozenset({"size", "ratio", "area"})
+DRAWN = WORDS | SIZED | {"n", "guidance", "plausible"}
+COUNT = {
+    "image": DRAWN | {"negative"},
+    "video": DRAWN | {"negative", "frames", "fps"},
+    "continue": DRAWN - SIZED | {"negative", "frames", "fps", "overlap"},
+    "edit": DRAWN | {"image_guidance"},
+    "document": DRAWN | {"images", "max_tokens", "text"},
+    "describe": WORDS | {"max_tokens", "fps"},
+    "ask": WORDS | {"max_tokens", "fps"},
+    "text": WORDS | {"max_tokens"},
+}
+"""By direction, the settings that change what comes."""
+SETTINGS = frozenset().union(*COUNT.values())
+TOLD = {
+    "image": "a picture",
+    "video": "a clip",
+    "document": "a document",
+    "text": "--format text",
+}
+"""What an error calls a direction that no option is called by."""
+OPTIONS = DRAWN - {"plausible"} | {"frames", "negative"}
+"""Settings that have one; the others are --set's."""
+
+
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
+
+
+def _warmth(value: float | None) -> float | None:
+    if value is not None and value < 0:
+        message = "Input should be greater than 0, or 0 for words: the likeliest, always"
+        raise PydanticCustomError("temperature", message)
+    return value
+
+
+Temperature = Annotated[float | None, AfterValidator(_warmth)]
 
 
 class TextSettings(Settings):
     """How text is chosen where pictures are drawn too, in a document."""
 
-    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    temperature: Temperature = Field(default=None, allow_inf_nan=False)
+    """0: the likeliest, always."""
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
 
@@ -95,7 +133,8 @@ class Request(Settings):
     guidance: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     image_guidance: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Of an edit: how closely it keeps to the picture, where `guidance` is to the instruction."""
-    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    temperature: Temperature = Field(default=None, allow_inf_nan=False)
+    """Of words, 0: the likeliest, always."""
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     plausible: float | None = Field(default=None, ge=0, lt=1)
@@ -276,17 +315,50 @@ def check(asked: Request) -> None:
     if asked.frames is not None and asked.frames % TEMPORAL:
         near = max(TEMPORAL, round(asked.frames / TEMPORAL) * TEMPORAL)
         raise UsageError(f"frames {asked.frames} must be a multiple of {TEMPORAL}: try {near}")
-    if asked.writes_text:
-        drawing = (asked.size, asked.ratio, asked.area, asked.frames, asked.negative)
-        if any(drawing) or asked.guidance is not None or asked.n != 1:
-            name = told[0] if told else "--format text"
-            raise UsageError(
-                f"{name} takes no --size, --ratio, --area, --frames, --negative, --guidance or -n"
-            )
-    elif asked.direction in ("edit", "document") and asked.frames is not None:
+    if asked.direction in ("edit", "document") and asked.frames is not None:
         raise UsageError(f"--frames makes clips: {told[0]} makes pictures")
     if asked.moving and asked.size == "free":
         raise UsageError("--size free is for pictures: a clip needs a size")
+    if asked.temperature == 0 and not asked.writes_text:
+        raise UsageError("temperature = 0: Input should be greater than 0; it is of words alone")
+    _check_use(asked)
+
+
+def settings_of(asked: Request) -> set[str]:
+    """Names of settings that say something: none of what is asked, and no defaults."""
+    return {name for name in SETTINGS if getattr(asked, name) != Request.model_fields[name].default}
+
+
+def _check_use(asked: Request) -> None:
+    """Nothing is passed over in silence: what would change nothing is refused."""
+    direction = asked.direction
+    useless = sorted(settings_of(asked) - COUNT[direction])
+    if "negative" in useless and direction == "edit":
+        raise UsageError(
+            "an edit is led away from the picture without the instruction: it takes no negative"
+        )
+    if "negative" in useless and direction == "document":
+        raise UsageError(
+            "a document is led away from its pictures without the words: it takes no negative"
+        )
+    if not useless:
+        return
+    hint = ""
+    if "text" in useless:
+        hint = "; without text., temperature, top_k and top_p are of words" * asked.writes_text
+    elif direction == "continue" and SIZED & set(useless):
+        hint = "; the clip keeps its size"
+    elif direction == "image" and {"fps", "overlap"} & set(useless):
+        hint = "; for a clip say how many --frames"
+    named = ", ".join(map(_option, useless))
+    raise UsageError(f"{TOLD.get(direction, f'--{direction}')} takes no {named}{hint}")
+
+
+def _option(name: str) -> str:
+    """How the command line says a setting."""
+    if name not in OPTIONS:
+        return f"--set {name}" + ".…" * (name == "text")
+    return "-n" if name == "n" else f"--{name.replace('_', '-')}"
 
 
 def _check_size(asked: Request) -> None:
@@ -361,6 +433,7 @@ def read_prompts(file: str, base: Mapping[str, Any]) -> tuple[list[Item], list[B
     name = "stdin" if file == "-" else file
     items: list[Item] = []
     bad: list[Bad] = []
+    used: set[str] = set()
     try:
         lines = _lines(file, suffix)
         for number, (line, given) in enumerate(lines):
@@ -370,7 +443,9 @@ def read_prompts(file: str, base: Mapping[str, Any]) -> tuple[list[Item], list[B
                     raise given
                 fields = _fields(given, base)
                 folder = Path() if file == "-" else path.parent
-                items.append(Item(number, request(base, fields), where, line, given, folder))
+                asked = _asked(base, fields)
+                used |= COUNT[asked.direction]
+                items.append(Item(number, asked, where, line, given, folder))
             except UnimodalError as error:
                 kept = given.args[1] if isinstance(given, UnimodalError) else given
                 bad.append(Bad(line, where, str(error), kept))
@@ -378,7 +453,17 @@ def read_prompts(file: str, base: Mapping[str, Any]) -> tuple[list[Item], list[B
         raise UsageError(f"{file}: cannot be read ({error.strerror or error})") from error
     if not items and not bad:
         raise UsageError(f"{name}: holds no prompts")
+    common = settings_of(build(Request, base))
+    if useless := sorted(common - used) if items else []:
+        raise UsageError(f"{name}: no line takes {', '.join(map(_option, useless))}")
     return items, bad
+
+
+def _asked(base: Mapping[str, Any], fields: Mapping[str, Any]) -> Request:
+    """What a line asks. Of what is said for all lines, it takes what counts for it."""
+    direction = build(Request, base, fields).direction
+    ours = {k: v for k, v in base.items() if k in COUNT[direction] or k not in SETTINGS}
+    return request(ours, fields)
 
 
 def _fields(given: Any, base: Mapping[str, Any]) -> Mapping[str, Any]:

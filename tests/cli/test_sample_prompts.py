@@ -89,6 +89,19 @@ def test_fields_say_the_direction(fields: dict[str, Any], direction: str, suffix
         ({"describe": "a.png", "edit": "b.png"}, "are different things to ask"),
         ({"ask": "what?"}, "--ask TEXT FILE"),
         ({"edit": "a.png"}, "takes an instruction"),
+        ({"edit": "a.png", "prompt": "x", "negative": "y"}, "an edit is led away from the picture"),
+        ({"document": "a.json", "negative": "y"}, "a document is led away from its pictures"),
+        ({"describe": "a.png", "text": {"temperature": 2}}, "takes no --set text.…; without text."),
+        ({"ask": "w?", "describe": "a.png", "size": "8x8"}, "--ask takes no --size"),
+        ({"fps": 8, "overlap": 4}, "a picture takes no --set fps, --set overlap; for a clip"),
+        ({"image_guidance": 2}, "a picture takes no --set image_guidance"),
+        ({"images": 2}, "a picture takes no --set images"),
+        ({"max_tokens": 5}, "a picture takes no --set max_tokens"),
+        ({"frames": 8, "overlap": 4}, "a clip takes no --set overlap"),
+        ({"continue": "a.mp4", "size": "8x8"}, "--continue takes no --size; the clip keeps its"),
+        ({"format": "text", "plausible": 0.1}, "--format text takes no --set plausible"),
+        ({"temperature": 0}, "temperature = 0: Input should be greater than 0; it is of words al"),
+        ({"describe": "a.png", "temperature": -0.5}, "greater than 0, or 0 for words"),
         ({"edit": "a.png", "prompt": "x", "frames": 4}, "makes clips"),
         ({"guidence": 3}, "did you mean guidance?"),
     ],
@@ -117,13 +130,34 @@ def test_the_command_line_makes_a_request_of_each_prompt_or_file() -> None:
 
 
 def test_settings_without_an_option_are_set_by_name() -> None:
-    items, _, load = requests(["a"], {}, ["fps=12", "text.top_k=5", "load.weights=int8"])
-    assert items[0].request.fps == 12 and items[0].request.text.top_k == 5
-    assert load.weights == "int8"
+    items, _, load = requests(["a"], {"frames": 8}, ["fps=12", "load.weights=int8"])
+    assert items[0].request.fps == 12 and load.weights == "int8"
+    items, _, _ = requests([], {}, ["text.top_k=5"], "story.json")
+    assert items[0].request.text.top_k == 5
     with pytest.raises(UsageError, match=r"did you mean load\.weights"):
         requests(["a"], {}, ["load.weight=int8"])
     with pytest.raises(UsageError, match=r"load\.weights"):
         requests(["a"], {}, ["load.weights=int3"])
+
+
+def test_words_take_temperature_0() -> None:
+    assert request({"describe": "a.png", "temperature": 0}).temperature == 0
+    asked = request({"document": "a.json", "text": {"temperature": 0}})
+    assert asked.text.temperature == 0
+
+
+def test_of_what_is_said_for_all_lines_each_takes_what_counts_for_it(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = [{"prompt": "a"}, {"describe": "a.png"}, {"describe": "a.png", "guidance": 2}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    items, bad = read_prompts(str(file), {"guidance": 2.0, "max_tokens": 9})
+    assert [(one.request.guidance, one.request.max_tokens) for one in items] == [
+        (2, None),
+        (None, 9),
+    ]
+    assert [one.reason for one in bad] == ["--describe takes no --guidance"]
+    with pytest.raises(UsageError, match=r"a\.jsonl: no line takes --set overlap"):
+        read_prompts(str(file), {"guidance": 2.0, "overlap": 4})
 
 
 def test_lines_of_text_are_prompts_numbered_by_place(tmp_path: Path) -> None:

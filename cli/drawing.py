@@ -66,7 +66,10 @@ class Output:
 
     @property
     def stem(self) -> str:
-        return name_of(self.item.number, self.item.title, self.request.seed, self.copy)
+        asked, title = self.request, self.item.title
+        if not (asked.ask or asked.prompt):  # a file's name, whose hyphens are its own
+            title = title.replace("-", " ")
+        return name_of(self.item.number, title, asked.seed, self.copy)
 
     @property
     def name(self) -> str:
@@ -86,8 +89,8 @@ class Studio:
     folder: Folder | None
     """None: texts are only reported."""
     show: Show
-    report: Callable[[Output, dict[str, Any]], None]
-    """Is told of every output and its record, also of those that were there already."""
+    report: Callable[[Output, dict[str, Any], bool], None]
+    """Is told of every output, its record, and whether it was made now or there already."""
     made_by: dict[str, Any] = field(default_factory=dict)
     """What all records say: version, checkpoint, backend."""
     together: int = 32
@@ -106,6 +109,7 @@ class Studio:
         self.sampler.backend = self.watched
         version = metadata.version("unimodal")
         told = {"unimodal": version, "checkpoint": self.sampler.digest, **self.made_by}
+        told["vision_tokenizer"] = getattr(self.sampler.tokenizer, "digest", None)
         self.made_by = {key: value for key, value in told.items() if value is not None}
 
     def run(self, items: Sequence[Item]) -> None:
@@ -163,11 +167,11 @@ class Studio:
         self.kept += 1
         self.show.meter.skip()
         self.folder.note(record)
-        self._done(output, record)
+        self._done(output, record, made=False)
 
-    def _done(self, output: Output, record: dict[str, Any]) -> None:
+    def _done(self, output: Output, record: dict[str, Any], made: bool = True) -> None:
         self.records[output.item.number, output.copy] = record
-        self.report(output, record)
+        self.report(output, record, made)
 
     def _failed(self, item: Item, error: UnimodalError) -> None:
         if all(item is not known for known, _ in self.bad):
@@ -185,6 +189,10 @@ class Studio:
             return []
         self.watched.keys = [(one.request.seed, one.item.number, one.copy) for one in outputs]
         self.watched.names = [one.stem for one in outputs]
+        continued = [one.request.direction == "text" for one in outputs]
+        self.watched.heads = [
+            one.request.prompt * goes_on for one, goes_on in zip(outputs, continued, strict=True)
+        ]
         try:
             return call(self.sampler, outputs)
         except UnimodalError as error:
@@ -221,11 +229,11 @@ class Studio:
         if asked.writes_text:
             own = sampler.defaults
             told |= {
-                "ask": asked.ask,
-                "temperature": asked.temperature or own.text_temperature,
+                "ask": (own.describe or None) if direction == "describe" else asked.ask,
+                "temperature": _warmth(asked.temperature, own.text_temperature) or 0,
                 "top_k": asked.top_k or own.text_top_k,
                 "top_p": asked.top_p or own.text_top_p,
-                "max_tokens": asked.max_tokens,
+                "max_tokens": asked.max_tokens or own.max_tokens,
             }
         else:
             told |= self._drawn(asked)
@@ -254,14 +262,15 @@ class Studio:
         """How pictures are drawn, for their record."""
         own, direction = self.sampler.defaults, asked.direction
         told: dict[str, Any] = {
-            "negative": (own.negative if asked.negative is None else asked.negative) or None,
-            "suffix": own.suffix or None,
             "guidance": asked.guidance or own.guidance,
             "temperature": asked.temperature or own.temperature,
             "top_k": asked.top_k or own.top_k,
             "top_p": asked.top_p or own.top_p,
             "plausible": own.plausible if asked.plausible is None else asked.plausible,
         }
+        if direction in ("image", "video", "continue"):  # others are led away from something else
+            told["negative"] = (own.negative if asked.negative is None else asked.negative) or None
+            told["suffix"] = own.suffix or None
         size = self._size(asked)
         if direction in ("image", "video"):
             grid = self.sampler.grid(None if size == "free" else size, _kind(asked))  # type: ignore[arg-type]
@@ -271,8 +280,6 @@ class Studio:
         else:
             told["size"] = list(size) if isinstance(size, tuple) else size
         if direction == "continue":
-            if size is not None:
-                raise UsageError("--continue keeps the size of its clip: give no size")
             told |= {"frames": frames_of(self.sampler, asked), "overlap": asked.overlap}
         if direction == "edit":
             told["image_guidance"] = asked.image_guidance or own.image_guidance
@@ -298,7 +305,8 @@ class Studio:
         whole = item.request.direction == "continue"
         where = resolve(path, item.base if base is None else base)
         digest: str = getattr(sampler.tokenizer, "digest", "")
-        return read(where, digest, area, lambda: sampler.fps(rate), whole)
+        most = None if whole else sampler.seen
+        return read(where, digest, area, lambda: sampler.fps(rate), whole, most, self.warn)
 
 
 def call(sampler: Sampler, outputs: Sequence[Output]) -> list[Any]:
@@ -350,7 +358,7 @@ def _documents(
 
     first, own = outputs[0].request, sampler.defaults
     text = Choice(
-        first.text.temperature or own.text_temperature,
+        _warmth(first.text.temperature, own.text_temperature) or None,
         first.text.top_k or own.text_top_k,
         first.text.top_p or own.text_top_p,
     )
@@ -370,6 +378,11 @@ def _documents(
             shown.append(piece)
         made.append([*shown, *reply])
     return made
+
+
+def _warmth(asked: float | None, own: float | None) -> float | None:
+    """Temperature of words; 0 or None: the likeliest, always."""
+    return own if asked is None else asked
 
 
 def frames_of(sampler: Sampler, asked: Request) -> int:
@@ -433,7 +446,7 @@ def warning(checkpoint: Path, items: Sequence[Item]) -> str | None:
 
 def sequences(batch: int, backend: str) -> int:
     """Outputs of a call: vLLM is the better the more it has at a time."""
-    return max(batch, 256) if backend == "vllm" else batch
+    return batch if backend == "torch" else max(batch, 256)
 
 
 def finish(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unimodal.tokenize.shards import Shards
 
 SECONDS_SEEN = 5.0
-"""Of a video that is described, from its beginning: what tokenizing makes one window of."""
+"""Of a video that is described by a checkpoint that does not tell of the clips it saw."""
 MOST_FRAMES = 4096
 """Of a clip that is continued; scaled to the size that training saw, they fit in memory."""
 MOST_JSON = 64 << 20
@@ -81,12 +81,15 @@ def read(
     area: Callable[[], int],
     rate: Callable[[], float],
     whole: bool,
+    most: int | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Given:
     """What lies at `path`: pixels, or codes of shards, which must be of this tokenizer.
 
     Of a video, pictures of about `area` pixels are taken at `rate` a second: all (`whole`), or
-    the first `SECONDS_SEEN`, in groups of four; both are asked for only then. Pixels are decoded
-    when they are looked at. Raises `UnimodalError`.
+    the first `most`, or those of the first `SECONDS_SEEN`, in groups of four; area and rate are
+    asked for only then. Pixels are decoded when they are looked at; `note` is told then if there
+    were more. Raises `UnimodalError`.
     """
     place = _place(path)
     if place is not None:
@@ -96,15 +99,21 @@ def read(
     found, name = probe(path), Path(path).name
     if found.kind == "image":
         return Given(name, _sha256(path), partial(read_image, path))
-    return Given(name, _sha256(path), partial(_frames, path, area(), rate(), whole), rate())
+    if whole:
+        most = MOST_FRAMES
+    elif most is None:
+        most = max(4, int(SECONDS_SEEN * rate()) // 4 * 4)
+    frames = partial(_frames, path, area(), rate(), most, note)
+    return Given(name, _sha256(path), frames, rate())
 
 
-def _frames(path: str, area: int, rate: float, whole: bool) -> np.ndarray:
-    """Pictures uint8 [F, H, W, 3] at `rate` a second, F a multiple of four."""
+def _frames(
+    path: str, area: int, rate: float, most: int, note: Callable[[str], None]
+) -> np.ndarray:
+    """Pictures uint8 [F, H, W, 3] at `rate` a second, F a multiple of four and at most `most`."""
     from unimodal.pipeline.media import open_video
     from unimodal.tokenize.vision.pixels import area_size, resize
 
-    most = MOST_FRAMES if whole else max(4, int(SECONDS_SEEN * rate) // 4 * 4)
     with open_video(Path(path)) as video:
         shown = (video.probe.width, video.probe.height)
         size = area_size(shown[1], shown[0], area)
@@ -115,7 +124,10 @@ def _frames(path: str, area: int, rate: float, whole: bool) -> np.ndarray:
             for one in video.frames()
         )
         ticks = 1 / video.time_base / Fraction(rate).limit_denominator(1000)
-        kept = list(islice(_on_screen(frames, ticks), most))
+        kept = list(islice(_on_screen(frames, ticks), most + 1))
+    if len(kept) > most:
+        kept = kept[:most]
+        note(f"of a clip the first {most} frames are looked at ({most / rate:.3g} s)")
     if len(kept) < 4:
         raise MediaError(f"too short: under four frames at {rate:g} a second", path)
     return np.stack(kept[: len(kept) // 4 * 4])

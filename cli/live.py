@@ -230,6 +230,7 @@ class Show:
         self.vocabulary: Vocabulary | None = None
         self.drafts: Sequence[Draft] = ()
         self.names: Sequence[str] = ()
+        self.heads: Sequence[str] = ()
         self.latest: dict[int, list[int]] = {}
         self.told: dict[int, str] = {}
         self.partials: set[Path] = set()
@@ -293,9 +294,17 @@ class Show:
 
     # --- while sequences are written -------------------------------------------------------
 
-    def begin(self, sampler: Sampler, drafts: Sequence[Draft], names: Sequence[str]) -> None:
-        """Sequences begin, which will be files of these names."""
+    def begin(
+        self,
+        sampler: Sampler,
+        drafts: Sequence[Draft],
+        names: Sequence[str],
+        heads: Sequence[str] = (),
+    ) -> None:
+        """Sequences begin, which will be files of these names; `heads`: words in front of theirs,
+        which a terminal shows first."""
         self.drafts, self.names, self.latest, self.told = drafts, names, {}, {}
+        self.heads = heads if self.words is sys.stdout else ()
         self.vocabulary = sampler.vocabulary
         if self.painter is None and self.stream and self.words is None:
             self.painter = Painter(sampler)
@@ -338,7 +347,9 @@ class Show:
         for number, ids in done.items():
             text = self.vocabulary.text.decode([one for one in ids if one != self.vocabulary.eos])
             text = text.rstrip("\ufffd")  # half of a character
-            before = self.told.get(number, "")
+            if number not in self.told and self.heads:
+                self.words.write(self.heads[number])
+            before = self.told.setdefault(number, "")
             if text.startswith(before):
                 self.words.write(text[len(before) :])
                 self.words.flush()
@@ -440,6 +451,8 @@ class Watched:
     """(seed, number of the request, copy) of each prompt of the call."""
     names: Sequence[str] = ()
     """Of each prompt, the file it becomes."""
+    heads: Sequence[str] = ()
+    """Of each prompt, the words that stand in front of those it is gone on with."""
 
     def generate(
         self, drafts: Sequence[Draft], drawing: Drawing, watch: Watch | None = None
@@ -450,7 +463,8 @@ class Watched:
         for draft, place in zip(drafts, places, strict=True):
             seed, *key = self.keys[place]
             keyed.append(replace(draft, key=(*key, *draft.key[2:]), seed=seed))
-        self.show.begin(self.sampler, keyed, [self.names[place] for place in places])
+        heads = [self.heads[place] for place in places] if self.heads else ()
+        self.show.begin(self.sampler, keyed, [self.names[place] for place in places], heads)
 
         def seen(done: Mapping[int, list[int]], steps: int) -> None:
             self.show(done, steps)

@@ -146,7 +146,9 @@ def sample(
     stream: Annotated[
         bool, typer.Option("--stream", help="Pictures and words are seen as they grow.")
     ] = False,
-    backend: Annotated[str, typer.Option("--backend", help="torch or vllm.")] = "torch",
+    backend: Annotated[
+        str, typer.Option("--backend", help="torch, vllm, or URL of a vllm serve.")
+    ] = "torch",
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -165,7 +167,7 @@ def sample(
     from unimodal.cli.outputs import Folder
     from unimodal.cli.prompts import requests
     from unimodal.model.checkpoint import find
-    from unimodal.model.sample import Sampler
+    from unimodal.model.sample import Sampler, check_backend, is_address
     from unimodal.pipeline.errors import UnimodalError, UsageError
     from unimodal.tokenize.device import usable
 
@@ -175,11 +177,10 @@ def sample(
         **{"format": form, "guidance": guidance, "negative": negative, "seed": seed},
         **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
     }
-    if backend not in ("torch", "vllm"):
-        raise UsageError(f"backend {backend}: torch or vllm")
     if checkpoint == "-" and file == "-":
         raise UsageError("checkpoint and prompts cannot both come from stdin: name one of them")
     items, bad, load = requests(prompts or [], flags, sets or [], file)
+    check_backend(backend, load.weights, load.compile)
     if file is None:
         drawing.check_inputs(items)
     source = Path(console.from_stdin(checkpoint))
@@ -196,12 +197,12 @@ def sample(
     if stream and words:
         voice = sys.stdout if sys.stdout.isatty() and not json else sys.stderr
 
-    def report(output: Output, record: dict[str, Any]) -> None:
+    def report(output: Output, record: dict[str, Any], made: bool) -> None:
         path = {} if folder is None else {"path": str(folder.out / output.name)}
         if json:
             print(jsonlib.dumps({**path, **record}), flush=True)
         elif "text" in record:
-            print("" if voice is sys.stdout and record is not None else record["text"], flush=True)
+            print("" if made and voice is sys.stdout else record["text"], flush=True)
         else:
             print(path["path"], flush=True)
 
@@ -209,8 +210,10 @@ def sample(
     with Show(count, quiet, stream, folder.out if folder else None, voice) as show:
         if (warned := drawing.warning(source, items)) is not None:
             show.note(warned)
+        made_by: dict[str, Any] = {"backend": "vllm" if is_address(backend) else backend}
+        made_by |= {"weights": load.weights, "kind": sampler.kind}
         studio = drawing.Studio(
-            *(sampler, folder, show, report, {"backend": backend, "weights": load.weights}),
+            *(sampler, folder, show, report, made_by),
             together=1 if voice else drawing.sequences(load.batch, backend),
             alone=len(items) == 1 and file is None,
         )

@@ -123,6 +123,7 @@ def test_an_edit_needs_a_picture_and_warns_who_never_learned_it(
         about = read_about(Path(said.strip()))
         assert about is not None and about["pixels"] == [24, 32]
         assert about["image_guidance"] == 1.5 and about["prompt"] == "make it red"
+        assert not {"negative", "suffix"} & about.keys()  # they have no effect
     code, _, told = sample(drawer, "x", "--edit", f"{drawn_shards}#clip0004", "-o", tmp_path / "f")
     assert (code, told.splitlines()[-1]) == (
         2,
@@ -147,6 +148,49 @@ def test_words_of_pictures_clips_and_codes(
     assert code == 0 and json.loads(said)["text"].startswith("once upon")
     code, said, _ = sample(drawer, "--describe", picture, "-o", tmp_path / "t", *more)
     assert (tmp_path / "t" / "000-000-a-s0-0-s0-0.txt").read_text() == json.loads(said)["text"]
+
+
+def test_records_say_all_that_words_depend_on(
+    sample: Call, drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unimodal.model.recipe import SamplingSettings
+    from unimodal.model.sample import Sampler
+
+    sample(drawer, "a", "-o", tmp_path)
+    picture = tmp_path / "000-a-s0-0.png"
+    about = json.loads((drawer / "data.json").read_text())
+    assert _records(tmp_path)[0]["vision_tokenizer"] == about["vision_tokenizer"]["digest"]
+    asked = (drawer, "--describe", picture, "--json", "-q")
+    plain = json.loads(sample(*asked)[1])
+    assert plain["max_tokens"] == 256 and plain["temperature"] == 0 and "ask" not in plain
+    assert json.loads(sample(*asked, "--temperature", 0)[1]) == plain
+    real = Sampler.load
+
+    def load(*arguments: Any, **more: Any) -> Sampler:
+        made = real(*arguments, **more)
+        made.defaults = SamplingSettings(describe="what is it?", max_tokens=7, text_temperature=2)
+        made.kind = "chat"
+        return made
+
+    monkeypatch.setattr(Sampler, "load", load)
+    told = json.loads(sample(*asked)[1])
+    assert told["ask"] == "what is it?" and told["max_tokens"] == 7 and told["kind"] == "chat"
+    assert told["temperature"] == 2 and told["text"] != plain["text"]
+    assert json.loads(sample(*asked, "--temperature", 0)[1])["temperature"] == 0
+
+
+def test_of_a_longer_clip_it_is_said_once_what_is_looked_at(
+    sample: Call, drawer: Path, drawn_shards: Path, tmp_path: Path
+) -> None:
+    """The checkpoint saw clips of twelve frames at six a second."""
+    clip = f"{drawn_shards}#clip0004"
+    said = sample(drawer, "--continue", clip, "--frames", 8, "-o", tmp_path)[1].strip()
+    more = ("--set", "max_tokens=4")
+    code, _, told = sample(drawer, "--describe", said, said, *more)
+    assert code == 0
+    assert told.count("of a clip the first 12 frames are looked at (2 s)") == 1
+    short = sample(drawer, "a", "--frames", 12, "-o", tmp_path / "b")[1].strip()
+    assert "looked at" not in sample(drawer, "--describe", short, *more)[2]
 
 
 def test_a_described_picture_is_that_of_the_sampler(
@@ -305,6 +349,20 @@ def test_words_are_streamed_and_printed_once(
     assert sample(drawer, "kite", *more, "-q")[1] == said
 
 
+def test_words_that_are_there_already_are_printed_though_nothing_streams(
+    sample: Call, drawer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal the prompt stands in front of the words that grow, too."""
+    more = ("--set", "max_tokens=5", "--format", "text", "-o", tmp_path, "-q")
+    first = sample(drawer, "kite", *more)[1]
+    monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda _: True)
+    assert sample(drawer, "kite", *more, "--stream")[1] == first
+    (tmp_path / "000-kite-s0-0.txt").unlink()
+    code, said, told = sample(drawer, "kite", *more, "--stream")
+    assert code == 0 and not told  # nothing went to stderr: they grew on stdout
+    assert said.startswith("kite") and said == f"{first.rstrip().rstrip(chr(0xFFFD))}\n"
+
+
 def test_a_streamed_picture_is_the_same_picture(sample: Call, drawer: Path, tmp_path: Path) -> None:
     sample(drawer, "a", "b", "-o", tmp_path / "plain")
     code, _, told = sample(drawer, "a", "b", "-o", tmp_path / "live", "--stream")
@@ -363,6 +421,9 @@ def test_rows_appear_in_a_terminal_and_in_a_growing_file(drawer: Path, tmp_path:
         (["a", "--prompts", "p.txt"], 2, "not in both"),
         (["a", "--set", "gidance=2"], 2, "did you mean guidance?"),
         (["a", "--backend", "jax"], 2, "backend jax: torch or vllm"),
+        (["a", "--backend", "vllm", "--set", "load.compile=true"], 2, "vLLM compiles by itself"),
+        (["a", "--temperature", "0"], 2, "it is of words alone"),
+        (["--describe", "none.png", "--set", "text.temperature=1"], 2, "takes no --set text."),
         (["a", "-o", "pyproject.toml/x"], 2, "pyproject.toml/x cannot be written"),
     ],
 )

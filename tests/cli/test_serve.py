@@ -123,6 +123,7 @@ def test_the_address_is_printed_and_ctrl_c_waits_for_what_is_drawn(start: Start)
     assert "Ctrl-C ends" in err and "finishing what is drawn" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_path_from_a_pipe_a_name_a_key_and_a_second_ctrl_c(
     start: Start, checkpoint: Path
 ) -> None:

@@ -55,8 +55,8 @@ BATCH = 32  # pictures, or clips of four times fewer groups, that are encoded at
 
 def vocabulary(folder: Path, codebook_size: int) -> Vocabulary:
     """One id for each word of the shapes' captions, as a large model's vocabulary has it, and the
-    bytes. With bytes alone the same decoder has to learn to spell first, and in the same time it
-    draws shapes from memory rather than as told."""
+    bytes. With bytes alone, 2,000 steps drew shapes from memory, not as told: of combinations that
+    were held out 6 % had the right shape. Whether words mend it is not yet measured."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks = [bytes([byte]) for byte in range(256)] + [word.encode() for word in shapes.WORDS]
     lines = [f"{base64.b64encode(one).decode()} {rank}" for rank, one in enumerate(ranks)]
@@ -272,8 +272,8 @@ def asked_clips(run: Run, purpose: str, number: int, unseen: bool) -> list[Clip]
 
 
 SETS = {"seen": False, "unseen": True}
-"""Combinations of attributes that training had, and that it never had. Of both the pictures are
-new."""
+"""Combinations of attributes that training had, and that it never had. The world is small: of the
+first most pictures were in training too; of the second none."""
 
 
 def judge(run: Run) -> dict[str, Any]:

@@ -88,6 +88,9 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Leave the weight as it was allocated: `initialise` fills it, or a file does."""
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -192,7 +195,9 @@ class Trunk(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         shape = config.shape
-        self.embed_tokens = nn.Embedding(config.vocabulary_size, shape.width)
+        # Given a weight, it draws none: on the meta device that would import torch's compiler, 3 s.
+        unset = torch.empty(config.vocabulary_size, shape.width)
+        self.embed_tokens = nn.Embedding(config.vocabulary_size, shape.width, _weight=unset)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.width, shape.norm_eps)
         self.dropout = nn.Dropout(shape.dropout)
@@ -202,7 +207,7 @@ class Decoder(nn.Module):
     """Token ids in, logits of the next token out."""
 
     def __init__(self, config: DecoderConfig, seed: int | None = 0) -> None:
-        """Build with the initial weights of `seed`; None leaves them as torch made them."""
+        """Build with the initial weights of `seed`; None leaves memory as it is."""
         super().__init__()
         self.config = config
         self.compute = torch.float32

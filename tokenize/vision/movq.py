@@ -520,7 +520,8 @@ class Codebook(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(size, dim)
+        # Its own values are not drawn first: on the meta device that imports torch's compiler, 2 s.
+        self.embedding = nn.Embedding(size, dim, _weight=torch.empty(size, dim))
         nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 
 from unimodal.model.prefer import COLORS, PreferSettings, Scorer, brightness, color, prefer
 from unimodal.model.recipe import settings_from
-from unimodal.model.sample import Sampler
+from unimodal.model.sample import How, Sampler
 from unimodal.model.train import train
 from unimodal.tokenize.shards import Sample, ShardWriter
 from unimodal.tokenize.vision.pixels import to_pixels
@@ -145,7 +145,7 @@ def win_rate(
 ) -> tuple[float, float, float]:
     """Win rate of `ours`, and the mean scores of the reference and of ours, drawn alike."""
     samplers = [Sampler.load(checkpoint, "cpu") for checkpoint in (reference, ours)]
-    alike = {**samplers[0].defaults.model_dump(), **sampling}
+    alike = {**samplers[0].defaults.model_dump(include=set(How.__annotations__)), **sampling}
     scores = []
     for sampler in samplers:
         drawn = sampler.images(unseen, n=n, seed=seed, **alike)

@@ -231,7 +231,7 @@ def _triplet(
     chosen, rejected = pair
     return {
         "prompt": prompt,
-        "prompt_ids": [vocabulary.bos, *vocabulary.text.encode(prompt)],
+        "prompt_ids": [vocabulary.bos, *vocabulary.text.encode(prompt + about["suffix"])],
         "chosen_ids": grammar.ids(own["codes"][chosen]).tolist(),
         "rejected_ids": grammar.ids(own["codes"][rejected]).tolist(),
         "scores": [

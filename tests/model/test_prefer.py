@@ -97,6 +97,19 @@ def test_triplets_are_the_sampled_ids_of_best_and_worst(
     assert table.to_pylist()[0]["samples"] == [int(np.argmax(scores)), int(np.argmin(scores))]
 
 
+def test_what_a_recipe_puts_behind_every_prompt_is_in_the_triplets(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    sampler = Sampler.load(checkpoint, "cpu", batch=8)
+    sampler.defaults = sampler.defaults.model_copy(update={"suffix": ", sharp"})
+    scorers = {"brightness": brightness}
+    made = prefer(sampler, checkpoint, PROMPTS[:1], tmp_path, SIMPLE, scorers)
+    (row,) = pq.read_table(made.path).to_pylist()
+    encode = sampler.vocabulary.text.encode
+    assert row["prompt"] == PROMPTS[0]
+    assert row["prompt_ids"] == [sampler.vocabulary.bos, *encode(PROMPTS[0] + ", sharp")]
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_triplets(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,12 @@ def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
     reasons = {toll.keep: toll.dropped for toll in tolls if toll.dropped}
     reasons = dict(sorted(reasons.items(), key=lambda item: -item[1]))
     rows = [(f"dropped by {rule}", dropped) for rule, dropped in reasons.items()]
+    described = made.info.get("captions") or {}
+    if described:
+        rows.append(("described", f"{described['answered']:,} of {described['requests']:,}"))
+        rows += [(f"  {status}", count) for status, count in described["failed"].items()]
+    if last := described.get("last"):
+        rows.append(("  output tokens/s", last["output_tokens_per_s"]))
     console.table(f"clips in {made.path}", [*record.items(), *rows], quiet)
     tell = console.progress(quiet)
     for name, why in made.info["skipped"].items():
@@ -116,7 +122,8 @@ def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
         tell.note(line)
     if not totals["kept"]:
         tell.note("nothing was kept; loosen a rule, for example --set decide.flow_min=none")
-    console.result(made.path, {**record, "dropped_by": reasons}, as_json)
+    more = {"captions": described} if described else {}
+    console.result(made.path, {**record, "dropped_by": reasons, **more}, as_json)
 
 
 def _fraction(text: str | None) -> float | None:

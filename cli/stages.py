@@ -218,6 +218,16 @@ def caption(
     limit: Annotated[
         int | None, typer.Option("--limit", help="At most N requests, to try a model.", min=1)
     ] = None,
+    eval_: Annotated[
+        bool, typer.Option("--eval", help="Only compare a model's captions with those of people.")
+    ] = False,
+    references: Annotated[
+        str | None,
+        typer.Option("--references", help="A table of path or uid, and caption by people."),
+    ] = None,
+    words: Annotated[
+        Path | None, typer.Option("--words", help="Small classes to compare: colour = ['red', …].")
+    ] = None,
     engine: EngineOption = Engine.auto,
     address: options.Address = None,
     plan: options.Plan = False,
@@ -238,6 +248,15 @@ def caption(
 
     said = {"source": source, "model": model, "url": url, "prompt": prompt, "language": language}
     given = {f"caption.{key}": value for key, value in said.items() if value is not None}
+    if eval_:
+        from unimodal.cli.caption_scores import evaluate
+
+        if run is None:
+            raise UsageError("--eval compares the captions of a run directory: name one")
+        evaluate(console.from_stdin(run), references, words, json_)
+        return
+    if references is not None or words is not None:
+        raise UsageError("--references and --words are for --eval")
     if run is None:
         if plan or retry or limit is not None:
             raise UsageError("--plan, --retry-failed and --limit are for a run directory: name one")

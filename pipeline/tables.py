@@ -51,10 +51,16 @@ def is_table(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122
 
 
-def read_rows(table: Path, shown: str | None = None, captions: bool = False) -> Iterator[Row]:
+def read_rows(
+    table: Path,
+    shown: str | None = None,
+    captions: bool = False,
+    paths: Sequence[str] = PATHS,
+) -> Iterator[Row]:
     """Rows of a table, in order; its kind follows from the suffix of `shown` (default: its path).
 
-    With `captions`, a table without a column of captions is an error. Raises `UsageError`.
+    With `captions`, a table without a column of captions is an error; `paths` are the columns that
+    may hold the path. Raises `UsageError`.
     """
     name = shown or str(table)
     suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
@@ -62,9 +68,9 @@ def read_rows(table: Path, shown: str | None = None, captions: bool = False) -> 
         raise UsageError(f"{name}: not a table (one ends in {', '.join(sorted(SUFFIXES))})")
     try:
         if suffix == ".parquet":
-            numbered: Iterator[tuple[str, Mapping[str, Any]]] = _parquet(table, name)
+            numbered: Iterator[tuple[str, Mapping[str, Any]]] = _parquet(table, name, paths)
         elif suffix in (".csv", ".tsv"):
-            numbered = _csv(table, name, "\t" if suffix == ".tsv" else ",")
+            numbered = _csv(table, name, "\t" if suffix == ".tsv" else ",", paths)
         elif suffix in LISTS:
             numbered = _list(table, name)
         else:
@@ -73,7 +79,7 @@ def read_rows(table: Path, shown: str | None = None, captions: bool = False) -> 
         for where, cells in numbered:
             names = tuple(cells)
             if names not in roles:  # rows of JSON may differ in their keys
-                roles[names] = _Roles.of(names, where, captions)
+                roles[names] = _Roles.of(names, where, captions, paths)
             yield roles[names].row(where, cells)
     except OSError as error:
         raise UsageError(f"{name}: cannot be read ({error.strerror or error})") from error
@@ -120,13 +126,13 @@ class _Roles:
     others: tuple[str, ...]
 
     @classmethod
-    def of(cls, names: Sequence[str], where: str, captions: bool) -> _Roles:
+    def of(cls, names: Sequence[str], where: str, captions: bool, paths: Sequence[str]) -> _Roles:
         lower = {name.strip().lower(): name for name in reversed(names)}
-        path = next((lower[name] for name in PATHS if name in lower), None)
+        path = next((lower[name] for name in paths if name in lower), None)
         text = next((lower[name] for name in TEXTS if name in lower), None)
         has = f"its columns are: {', '.join(names) or 'none'}"
         if path is None:
-            raise UsageError(f"{where}: no column of paths (one of {', '.join(PATHS)}); {has}")
+            raise UsageError(f"{where}: no column of paths (one of {', '.join(paths)}); {has}")
         if captions and text is None:
             raise UsageError(f"{where}: no column of captions (one of {', '.join(TEXTS)}); {has}")
         style, lang = lower.get("style"), lower.get("lang")
@@ -189,7 +195,9 @@ def _json_lines(table: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any]
         yield where, value
 
 
-def _csv(table: Path, name: str, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _csv(
+    table: Path, name: str, delimiter: str, paths: Sequence[str]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     reader = csv.reader((line for _, line in _lines(table, name)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     try:
@@ -199,7 +207,7 @@ def _csv(table: Path, name: str, delimiter: str) -> Iterator[tuple[str, Mapping[
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
-                _Roles.of(header, where, captions=False)
+                _Roles.of(header, where, False, paths)
                 continue
             if len(cells) != len(header):
                 raise UsageError(f"{where}: {len(cells)} cells under {len(header)} column names")
@@ -208,14 +216,16 @@ def _csv(table: Path, name: str, delimiter: str) -> Iterator[tuple[str, Mapping[
         raise UsageError(f"{name}, line {reader.line_num}: {error}") from error
 
 
-def _parquet(table: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet(
+    table: Path, name: str, paths: Sequence[str]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(table) as file:
             columns = [field.name for field in file.schema_arrow if not bulky(field.type)]
-            _Roles.of(columns, name, captions=False)
+            _Roles.of(columns, name, False, paths)
             number = 0
             for batch in file.iter_batches(BATCH, columns=columns):
                 for cells in _cells(batch, name, number):

@@ -77,7 +77,7 @@ def curate(
         captions=captions,
         verify=verify,
         retry_quarantined=retry,
-        captioner=captioner(settings),
+        captioner=captioner(settings, engine.value, address),
     )
     tell_result(made, json, quiet)
     if strict and made.quarantined:

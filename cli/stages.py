@@ -262,7 +262,7 @@ def caption(
             raise UsageError("--plan, --retry-failed and --limit are for a run directory: name one")
 
         def rows(r: Rows, s: CurateSettings, p: Progress) -> Rows:
-            opened = captioner(s)
+            opened = captioner(s, engine.value, address)
             return filter.caption_rows(r, s, read_given(captions), p, opened, engine.value, address)
 
         _run(None, (), None, sets, {}, json_, quiet, rows, over=given)
@@ -279,9 +279,19 @@ def caption(
     _strictly(made, strict)
 
 
-def captioner(settings: CurateSettings) -> Open | None:
-    """Who opens the source of captions, where it is one that the pipeline does not know."""
-    return None
+def captioner(settings: CurateSettings, engine: str, address: str | None) -> Open | None:
+    """Who opens the source of captions, where it is one that the pipeline does not know.
+
+    Raises `UnimodalError` for a checkpoint that is none, before hours are spent on clips.
+    """
+    if settings.caption.source != "checkpoint":
+        return None
+    from unimodal.model.captioner import ENTRY, check
+    from unimodal.pipeline.captioning.describe import open_source
+    from unimodal.pipeline.engine import choose
+
+    check(settings.caption)
+    return lambda own: open_source(own, choose(engine, address), address, ENTRY)
 
 
 def _caption_plan(
@@ -363,7 +373,7 @@ def _update(
         raise UsageError(f"{run}: not a finished run directory (it has no run.json)")
     settings = _changed(before, preset, sets, only, over)
     if asking is not None:
-        asking = replace(asking, opened=captioner(settings))
+        asking = replace(asking, opened=captioner(settings, driver["engine"], driver["address"]))
     skip = tuple(name for name in settings.skip if name not in stages)
     settings = settings.model_copy(update={"skip": skip})
     made = update(run, settings, progress=console.progress(quiet), describing=asking, **driver)

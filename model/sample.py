@@ -170,6 +170,7 @@ class Sampler:
         backend: str = "torch",
         tokenizer: str | Path | None = None,
         kind: str | None = None,
+        engine: Mapping[str, Any] | None = None,
     ) -> Sampler:
         """Load a checkpoint directory (or one of its steps) that `unimodal train` wrote, or a
         directory of Emu3 in its own or in transformers' layout.
@@ -178,7 +179,7 @@ class Sampler:
         through `torch.compile`; `backend` is torch, vllm, or the address of a `vllm serve` that
         holds the same model (`unimodal.model.vllm_server`); `tokenizer` is the directory of the
         vision tokenizer where the checkpoint has none; `kind` is what an Emu3 is to be used as:
-        gen, stage1 or chat.
+        gen, stage1 or chat; `engine` are further arguments of `VllmBackend`.
         """
         from unimodal.model import emu3
 
@@ -229,7 +230,7 @@ class Sampler:
         elif backend == "vllm":
             from unimodal.model.vllm import VllmBackend
 
-            made.backend = VllmBackend.load(path, made.vocabulary, weights)
+            made.backend = VllmBackend.load(path, made.vocabulary, weights, **engine or {})
         elif compile:
             made.backend = TorchBackend(decoder, batch, compile)
         return made
@@ -488,13 +489,14 @@ class Sampler:
         looked at. A description ends with EOS, or at `max_tokens` or the context. A checkpoint
         whose recipe has a question to describe by is asked that.
         """
+        contexts = [self.described(image, fps) for image in images]
+        return self.texts(contexts, "picture", max_tokens, how)
+
+    def described(self, image: np.ndarray, fps: float | None = None) -> list[int]:
+        """The ids behind which the description of a picture or clip is to be written."""
         if question := self.defaults.describe:
-            return self.ask(
-                [[image] for image in images], [question] * len(images), max_tokens, fps, **how
-            )
-        contexts = [self._ids([self._segment(image, fps)]) for image in images]
-        contexts = [[self.vocabulary.bos, *one] for one in contexts]
-        return self._texts(contexts, "picture", max_tokens, how)
+            return self._asked([image], [question], fps)
+        return [self.vocabulary.bos, *self._ids([self._segment(image, fps)])]
 
     def ask(
         self,
@@ -514,20 +516,23 @@ class Sampler:
             raise UsageError(f"{len(media)} sets of pictures have {len(questions)} questions")
         contexts = []
         for shown, asked in zip(media, questions, strict=True):
-            turns = [asked] if isinstance(asked, str) else list(asked)
-            if len(turns) % 2 == 0:
-                raise UsageError("a conversation must end with a question")
-            if self.manner is not None:
-                blocks = [self._ids([self._segment(one, fps)]) for one in shown]
-                contexts.append(self.manner.prompt(self.vocabulary, blocks, turns))
-                continue
-            pieces = [Piece(self._segment(one, fps), "user") for one in shown]
-            for place, turn in enumerate([*turns, ""]):
-                pieces.append(Piece(Text(turn), ("user", "assistant")[place % 2]))
-            parts = compose("chat", pieces)[:-1]  # the answer is to be written
-            ids = self._ids([part.segment for part in parts])
-            contexts.append([self.vocabulary.bos, *ids])
-        return self._texts(contexts, "question", max_tokens, how)
+            contexts.append(self._asked(shown, [asked] if isinstance(asked, str) else asked, fps))
+        return self.texts(contexts, "question", max_tokens, how)
+
+    def _asked(
+        self, shown: Sequence[np.ndarray], turns: Sequence[str], fps: float | None
+    ) -> list[int]:
+        """The ids behind which the answer to the last of `turns` is to be written."""
+        if len(turns) % 2 == 0:
+            raise UsageError("a conversation must end with a question")
+        if self.manner is not None:
+            blocks = [self._ids([self._segment(one, fps)]) for one in shown]
+            return self.manner.prompt(self.vocabulary, blocks, list(turns))
+        pieces = [Piece(self._segment(one, fps), "user") for one in shown]
+        for place, turn in enumerate([*turns, ""]):
+            pieces.append(Piece(Text(turn), ("user", "assistant")[place % 2]))
+        parts = compose("chat", pieces)[:-1]  # the answer is to be written
+        return [self.vocabulary.bos, *self._ids([part.segment for part in parts])]
 
     def write(
         self,
@@ -538,7 +543,7 @@ class Sampler:
         """How each text goes on, up to EOS, `max_tokens` or the end of the context."""
         encode, bos = self.vocabulary.text.encode, self.vocabulary.bos
         contexts = [[bos, *encode(prompt)] for prompt in prompts]
-        return self._texts(contexts, "prompt", max_tokens, how)
+        return self.texts(contexts, "prompt", max_tokens, how)
 
     def interleave(
         self,
@@ -596,14 +601,14 @@ class Sampler:
             replies.append(reply)
         return replies
 
-    def _texts(
+    def texts(
         self,
         contexts: Sequence[list[int]],
         what: str,
         max_tokens: int | None,
         how: Words,
     ) -> list[str]:
-        """Text behind each context; `what` an error calls one."""
+        """The text that is written behind each context of ids; `what` an error calls one."""
         _known(how, Words)
         max_tokens = _or(max_tokens, self.defaults.max_tokens)
         if max_tokens < 1:

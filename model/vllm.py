@@ -160,6 +160,12 @@ class VllmBackend:
                 self.engine.abort_request(left)
         return [writing.ids for writing in writings]
 
+    def close(self) -> None:
+        """Give the engine's memory back."""
+        with suppress(Exception):
+            self.engine.engine_core.shutdown()
+        del self.engine
+
     def _admit(
         self, waiting: deque[int], running: dict[str, _Running], writings: Sequence[Writing]
     ) -> None:

@@ -76,6 +76,9 @@ class Describer(Protocol):
     ) -> Mapping[str, Answer | Failure]:
         """Answers by key; `clips` are frames by key, uint8 RGB [H, W, 3], one for a picture."""
 
+    def close(self) -> None:
+        """Give back all that it holds."""
+
 
 class Batched:
     """A captioner made of a describer: questions are answered when enough of them wait."""
@@ -93,13 +96,21 @@ class Batched:
         """Describe what waits."""
         asks = {ask.key: ask for ask in self._waiting}
         self._waiting = []
-        found = self._describer.describe({key: pixels(ask) for key, ask in asks.items()}, asks)
+        clips: dict[str, list[np.ndarray]] = {}
+        found: dict[str, Answer | Failure] = {}
+        for key, ask in asks.items():
+            try:
+                clips[key] = pixels(ask)
+            except UnimodalError as error:
+                found[key] = Failure("no frames", str(error))
+        found |= self._describer.describe(clips, asks) if clips else {}
         lost = Failure("no answer", "the model gave none for this clip")
         return [(key, found.get(key, lost)) for key in asks]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Let the describer go."""
         self._waiting = []
+        self._describer.close()
 
 
 def pixels(ask: Ask) -> list[np.ndarray]:

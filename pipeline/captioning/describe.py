@@ -88,7 +88,7 @@ class Pass:
 
 def prompt_of(settings: CaptionSettings) -> Prompt:
     """The prompt that the settings name; raises `UsageError`."""
-    return load_prompt(settings.prompt, settings.language, settings.styles, settings.format)
+    return load_prompt(settings.asked, settings.language, settings.styles, settings.form)
 
 
 def describe_stage(settings: CaptionSettings, keyframes: str) -> Stage:
@@ -259,20 +259,23 @@ def refused(store: Store, clips: pa.Table) -> list[dict[str, str]]:
     return rows
 
 
-def open_source(settings: CaptionSettings, engine: str, address: str | None) -> Captioner:
-    """The captioner that the settings name; raises `UsageError` where somebody must hand it in."""
+def open_source(
+    settings: CaptionSettings, engine: str, address: str | None, entry: str = ""
+) -> Captioner:
+    """The captioner that the settings name; `entry` ("module:function") is who opens a checkpoint,
+    of a room above this one. Raises `UsageError` where nobody is handed in."""
     if settings.source == "endpoint":
         from unimodal.pipeline.captioning.endpoint import Endpoint
 
         return Endpoint(settings)
-    if settings.source == "vllm":
-        if engine == "ray" or settings.data_parallel > 1:
-            from unimodal.pipeline.captioning.fleet import on_ray, side_by_side
+    if settings.source == "vllm" or entry:
+        from unimodal.pipeline.captioning import fleet
 
-            return on_ray(settings, address) if engine == "ray" else side_by_side(settings)
-        from unimodal.pipeline.captioning.offline import Offline
-
-        return Offline(settings)
+        if engine == "ray":
+            return fleet.on_ray(settings, address, entry)
+        if settings.data_parallel > 1:
+            return fleet.side_by_side(settings, entry)
+        return fleet.opener(entry)(settings)
     raise UsageError(f"source {settings.source} is opened by the command line, and not here")
 
 
@@ -304,7 +307,7 @@ def _judge(
         return answer.status, answer.detail
     one.prompt_tokens += answer.prompt_tokens
     one.output_tokens += answer.output_tokens
-    found = read_answer(answer, prompt, one.request.kind, settings.format)
+    found = read_answer(answer, prompt, one.request.kind, settings.form)
     for style, (status, text) in found.items():
         if one.said[style][0] != OK:
             one.said[style] = status, text
@@ -380,7 +383,7 @@ def _stop_if_most_fail(made: Pass, row: Mapping[str, Any], patience: Patience) -
 
 
 def _noted(settings: CaptionSettings, prompt: Prompt) -> dict[str, Any]:
-    words = {kind: prompt.before(kind, settings.format) for kind in ("image", "video")}
+    words = {kind: prompt.before(kind, settings.form) for kind in ("image", "video")}
     return {
         "model": settings.model,
         "prompt": prompt.name,

@@ -210,7 +210,7 @@ class Engine:
     """What runs in a Ray actor: a captioner, and a thread that works it."""
 
     def __init__(self, settings: str, entry: str) -> None:
-        self._captioner = _opened(entry)(CaptionSettings.model_validate_json(settings))
+        self._captioner = opener(entry)(CaptionSettings.model_validate_json(settings))
         self._worked = _Worked(self._captioner)
 
     def submit(self, ask: dict[str, Any]) -> None:
@@ -320,8 +320,8 @@ class _OwnRay:
         ray.shutdown()
 
 
-def _opened(entry: str) -> Callable[[CaptionSettings], Captioner]:
-    """Who opens an engine: vLLM's, or "module:function" in tests."""
+def opener(entry: str) -> Callable[[CaptionSettings], Captioner]:
+    """Who opens an engine: vLLM's, or "module:function" of a room above this one, or in tests."""
     if entry:
         import importlib
 
@@ -348,7 +348,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     first = json.loads(sys.stdin.readline())
     try:
-        captioner = _opened(first["entry"])(CaptionSettings.model_validate(first["settings"]))
+        captioner = opener(first["entry"])(CaptionSettings.model_validate(first["settings"]))
     except UnimodalError as error:
         events.write(json.dumps({"gone": str(error)}) + "\n")
         sys.exit(1)

@@ -43,7 +43,7 @@ def forecast(run: Run, settings: CurateSettings, retry_failed: bool = False) -> 
         each = 1 if row["kind"] == "image" else max(1, min(most, stored))
         scale = min(1.0, side / max(1, min(row["width"], row["height"])))
         area = row["width"] * row["height"] * scale * scale
-        words = len(prompt.words["system"]) + len(prompt.before(row["kind"], own.format))
+        words = len(prompt.words["system"]) + len(prompt.before(row["kind"], own.form))
         pictures += asks * each
         tokens += asks * (each * max(1, round(area / PATCH**2)) + words // 4 + 40)
     failed = [status for status in store.statuses.values() if status != OK]

@@ -89,17 +89,16 @@ def without_frames(row: Mapping[str, Any], settings: CaptionSettings, why: str) 
 
 def ask_of(request: Request, settings: CaptionSettings, prompt: Prompt, attempt: int) -> Ask:
     """The question that a model is asked at this attempt, 0 for the first."""
-    json = settings.format == "json"
-    warm = max(settings.temperature, 0.7) if attempt else settings.temperature
+    json = settings.form == "json"
     return Ask(
         key=f"{request.uid}/{request.piece}/{attempt}",
         system=prompt.words["system"],
-        before=prompt.before(request.kind, settings.format),
+        before=prompt.before(request.kind, settings.form),
         frames=request.frames,
         after=prompt.after(request.kind, request.times_s, request.seconds),
         schema=prompt.schema(request.kind) if json and settings.guided else None,
         max_tokens=settings.max_tokens,
-        temperature=warm,
+        temperature=settings.warmth(attempt),
         top_p=settings.top_p,
         seed=settings.seed + attempt,
     )

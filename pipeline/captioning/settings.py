@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from unimodal.pipeline.scorers.weights import fingerprint
 from unimodal.pipeline.settings import Settings
 
 Source = Literal["sidecar", "endpoint", "vllm", "checkpoint"]
@@ -29,14 +30,16 @@ class CaptionSettings(Settings):
 
     model: str = ""
     """Name of the model at the server; id or folder of one for vllm; a checkpoint's folder."""
-    prompt: str = "dense"
-    """A prompt of the package, or a file.toml."""
+    prompt: str | None = None
+    """A prompt of the package, or a file.toml; none: dense, and of a checkpoint trained: that says
+    what it learned to say, and of a prompt only the style's name and bounds count."""
     language: str = "en"
     """Section of the prompt, and the language that answers must be in."""
     styles: tuple[str, ...] | None = None
     """Which of the prompt's styles to ask for; none: all of them."""
-    format: Literal["json", "text"] = "json"
-    """One JSON object with all styles, or the words of a single style as they are."""
+    format: Literal["json", "text"] | None = None
+    """One JSON object with all styles, or the words of a single style as they are; none: json, and
+    of a checkpoint text."""
     guided: bool = True
     """Have the engine hold the model to the JSON schema; otherwise the prompt alone asks for it."""
 
@@ -49,8 +52,9 @@ class CaptionSettings(Settings):
 
     max_tokens: int = Field(default=768, ge=1)
     """Length of an answer; one that is cut off is asked for again."""
-    temperature: float = Field(default=0.2, ge=0)
-    """Of the first try; later ones take at least 0.7, or the same answer would come again."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Of the first try, none: 0.2, and of a checkpoint 0, the likeliest words; later ones take at
+    least 0.7, or the same answer would come again."""
     top_p: float = Field(default=0.9, gt=0, le=1)
     """Share of the probability that words are drawn from."""
     seed: int = 0
@@ -73,6 +77,8 @@ class CaptionSettings(Settings):
     patience_s: float = Field(default=300.0, ge=0)
     """How long a server may be away before the run stops."""
 
+    backend: Literal["auto", "vllm", "torch"] = "auto"
+    """What runs a checkpoint; auto: vLLM, and torch where that does not start, which is said."""
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs that one vLLM engine is spread over."""
     data_parallel: int = Field(default=1, ge=1)
@@ -101,12 +107,30 @@ class CaptionSettings(Settings):
             raise ValueError(f"source {self.source} needs caption.model")
         if self.source == "endpoint" and not self.url:
             raise ValueError("source endpoint needs caption.url, as http://localhost:8000/v1")
+        if self.source == "checkpoint" and self.format == "json":
+            raise ValueError("source checkpoint answers in plain text: leave out caption.format")
         return self
 
     @property
     def by_model(self) -> bool:
         """Whether a model writes captions, beside those of people."""
         return self.source != "sidecar"
+
+    @property
+    def asked(self) -> str:
+        """The prompt, by its name or file."""
+        return self.prompt or ("trained" if self.source == "checkpoint" else "dense")
+
+    @property
+    def form(self) -> Literal["json", "text"]:
+        """What an answer is."""
+        return self.format or ("text" if self.source == "checkpoint" else "json")
+
+    def warmth(self, attempt: int) -> float:
+        """Temperature of a try, 0 for the first."""
+        own = self.temperature
+        first = (0.0 if self.source == "checkpoint" else 0.2) if own is None else own
+        return max(first, 0.7) if attempt else first
 
     def beside(self) -> str:
         """Digest of what captions of people depend on."""
@@ -115,17 +139,25 @@ class CaptionSettings(Settings):
     def words(self, prompt_hash: str) -> str:
         """Digest of what a model's words depend on: not where it runs, or how patient we are."""
         names = (
-            *("model", "language", "styles", "format", "guided", "frames", "short_side"),
-            *("piece_s", "max_tokens", "temperature", "top_p", "seed"),
+            *("model", "language", "styles", "guided", "frames", "short_side"),
+            *("piece_s", "max_tokens", "top_p", "seed"),
         )
         values = {name: getattr(self, name) for name in names}
+        values |= {"format": self.form, "temperature": self.warmth(0)}
         text = json.dumps([values, prompt_hash, weights_in(self.model)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def weights_in(model: str) -> list[tuple[str, int]]:
-    """Names and sizes of the files of a model that is a folder here; others go by their name."""
+def weights_in(model: str) -> list[tuple[str, int | str]]:
+    """Names and sizes of the files of a model that is a folder here; others go by their name.
+
+    A checkpoint of ours goes by what the weights of its newest step hold: further training leaves
+    their size as it is, and files beside the steps change with every use.
+    """
     folder = Path(model)
     if not model or not folder.is_dir():
         return []
+    if (newest := folder / "latest").is_file():
+        files = sorted((folder / newest.read_text().strip()).glob("model*.safetensors"))
+        return [(file.name, fingerprint(str(file))) for file in files]
     return sorted((e.name, e.stat().st_size) for e in os.scandir(folder) if e.is_file())

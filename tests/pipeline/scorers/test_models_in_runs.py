@@ -64,6 +64,10 @@ class _Painter:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
 
     def describe(
         self, clips: Mapping[str, Sequence[np.ndarray]], asks: Mapping[str, Ask]
@@ -89,7 +93,7 @@ def test_captions_of_a_model_of_ours_are_matched_and_what_is_kept_is_decided_aga
         return Batched(painter)
 
     def describe(*sets: str, **how: int) -> dict[str, dict[str, Any]]:
-        own = ("source=checkpoint", "model=ours", "format=text", 'styles=["dense"]')
+        own = ("source=checkpoint", "model=ours", "prompt=dense", 'styles=["dense"]')
         layers = whole.info["settings"], PRESETS["score-only"]  # nothing is dropped
         settings = build(CurateSettings, *layers, sets=[*(f"caption.{s}" for s in own), *sets])
         asking = Describing(opened=opened, **how)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -91,6 +92,7 @@ class Samples:
             np.concatenate([getattr(table, name) for table in tables])
             for name in ("tasks", "sizes", "rates", "hashes", "lengths", "tokens", "counts", "val")
         )
+        self._inner = sum((table.inner for table in tables), Counter[tuple[Any, ...]]())
         self._dropped = np.concatenate([table.dropped for table in tables])
         self._tokens = tokens
         self._first = np.concatenate([[0], np.cumsum(counts)])
@@ -177,7 +179,8 @@ class Samples:
         return self._blocks[key]
 
     def grids(self, limit: int = 64) -> list[dict[str, Any]]:
-        """The commonest shapes of captioned training samples: kind, size, fps, samples."""
+        """The commonest shapes of training samples: kind, size, fps, samples. Captioned ones first;
+        of those in other documents, as edits, only what these do not tell."""
         rows = self.rows["train"][self.tasks[self.rows["train"]] == 0]
         alike, first = _alike(*self.sizes[rows].T, self.rates[rows])
         found = []
@@ -186,7 +189,15 @@ class Samples:
             kind = "image" if fps is None else "video"
             size = self.sizes[row].tolist()
             found.append({"kind": kind, "size": size, "fps": fps, "samples": count})
-        return sorted(found, key=lambda one: (-one["samples"], str([*one.values()])))[:limit]
+        alone = {str([*one.values()][:3]) for one in found}
+        inner = [
+            {"kind": kind, "size": size, "fps": fps, "samples": count}
+            for (kind, *size, fps), count in self._inner.items()
+        ]
+        return [
+            *sorted(found, key=_often)[:limit],
+            *sorted((o for o in inner if str([*o.values()][:3]) not in alone), key=_often)[:limit],
+        ]
 
     def digests(self) -> list[str]:
         """Of what each directory's index says of its samples, 16 hex digits: tells whether a run
@@ -197,6 +208,21 @@ class Samples:
         """Number of the directory of a row, and the row within it."""
         number = bisect_right(self._starts, row) - 1
         return number, row - self._starts[number]
+
+
+def _often(grid: dict[str, Any]) -> tuple[int, str]:
+    """Order of grids: the commonest first."""
+    return -grid["samples"], str([*grid.values()])
+
+
+def _inner(segments: Any) -> Counter[tuple[Any, ...]]:
+    """Pictures and clips among the pieces of documents, by (kind, frames, height, width, fps)."""
+    names = ["kind", "frames", "height", "width", "fps"]
+    told = pc.list_flatten(segments)
+    table = pa.table([told.field(name) for name in names], names=names)
+    shown = table.filter(pc.not_equal(table["kind"], "text"))
+    counted = shown.group_by(names).aggregate([([], "count_all")])
+    return Counter({tuple(row[n] for n in names): row["count_all"] for row in counted.to_pylist()})
 
 
 class _Columns:
@@ -224,7 +250,10 @@ class _Columns:
         """NaN for a still image."""
         self.dropped = np.zeros((len(self.tasks), 1 + len(DROPPED)), np.int32)
         """Tokens that an edit is shorter by: whole, `UNTOLD`, `ALONE`."""
-        self.lengths = self._lengths(column("segments"), vocabulary)
+        segments = column("segments")
+        self.lengths = self._lengths(segments, vocabulary)
+        self.inner = _inner(segments.filter(pa.array(~self.val & (self.tasks > 0))))
+        """Pictures and clips in documents of the training split, by (kind, T, H, W, fps)."""
         self._captions(column("captions"), styles)
 
     def _lengths(self, segments: Any, vocabulary: Vocabulary) -> np.ndarray:

@@ -13,6 +13,7 @@ import typer
 from unimodal.cli import (
     curate,
     demo,
+    doctor,
     export,
     inspect,
     prefer,
@@ -48,6 +49,7 @@ app.command("inspect")(inspect.inspect)
 app.add_typer(export.app, name="export")
 app.command("train-tokenizer")(train_tokenizer.train_tokenizer)
 app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:

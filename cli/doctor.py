@@ -54,6 +54,15 @@ DISTRIBUTIONS |= {
 DISTRIBUTIONS |= {"open_clip": "open-clip-torch", "skvideo": "scikit-video"}
 """What to install for a module, where it is not called like it."""
 
+OCR = ["rapidocr", "onnxruntime"]
+STAGES = {
+    "text": ("text in pictures", ""),
+    "quality": ("quality", ""),
+    "embed": ("CLIP", "unimodal curate … --set embed.weights=PATH --set embed.aesthetic=PATH"),
+    "nsfw": ("NSFW", "unimodal curate … --set nsfw.weights=PATH"),
+}
+"""Stages of `curate` that may be skipped: what they are called here, and what sets them going."""
+
 SLOWLY = "importing it takes more than"
 
 DECODERS = {
@@ -119,14 +128,18 @@ def examine(deep: bool, preset: str, sets: Sequence[str], seconds: float) -> lis
     """All findings; raises `UsageError` for settings that are none."""
     from unimodal.pipeline.errors import UsageError
 
+    if sets or preset != "best":
+        try:
+            _settings(preset, sets)
+        except UsageError:
+            raise
+        except Exception:
+            pass  # a broken library, which is told below
     groups = GROUPS + (SLOW if deep else [])
     with ThreadPoolExecutor(len(groups) + 1) as pool:
         smi = pool.submit(nvidia_smi)
         looks = pool.map(lambda names: look(names, seconds, preset, sets), groups)
         seen = {name: one for group in looks for name, one in group.items()}
-    stages = seen["stages"].facts or {}
-    if "usage" in stages:
-        raise UsageError(stages["usage"])
     here, temporary, cache = Path.cwd(), Path(_temporary()), _cache()
     return [
         python(),
@@ -288,18 +301,27 @@ def _av_facts(av: Any) -> dict[str, Any]:
 FACTS = {"torch": _torch_facts, "av": _av_facts}
 
 
-def _stage_facts(preset: str, sets: Sequence[str]) -> dict[str, str | None]:
-    """Why each stage of `curate` that may be skipped would be; None where it would run."""
+def _stage_facts(preset: str, sets: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Why stages of `curate` would be skipped, and what is wrong with their settings."""
     from unimodal.pipeline.errors import UnimodalError
-    from unimodal.pipeline.presets import CurateSettings, preset_layer
-    from unimodal.pipeline.settings import build
     from unimodal.pipeline.stages import why_not
 
-    try:
-        settings = build(CurateSettings, preset_layer(preset), sets=sets)
-    except UnimodalError as error:
-        return {"usage": str(error)}
-    return {name: why_not(name, settings) for name in ("text", "quality", "embed", "nsfw")}
+    settings = _settings(preset, sets)
+    facts: dict[str, dict[str, str]] = {"skipped": {}, "wrong": {}}
+    for name in STAGES:
+        try:
+            if why := why_not(name, settings):
+                facts["skipped"][name] = why
+        except UnimodalError as error:
+            facts["wrong"][name] = str(error)
+    return facts
+
+
+def _settings(preset: str, sets: Sequence[str]) -> Any:
+    from unimodal.pipeline.presets import CurateSettings, preset_layer
+    from unimodal.pipeline.settings import build
+
+    return build(CurateSettings, preset_layer(preset), sets=sets)
 
 
 def _start_ray() -> dict[str, Any]:
@@ -428,23 +450,20 @@ def stages_of_curate(stages: Seen, onnx: Seen, clip: Seen | None) -> list[Findin
     """What `curate` can score: text in pictures (OCR), quality, CLIP, NSFW."""
     if stages.error:
         return [Finding("curate", "broken", stages.error, road=True)]
-    names = {"text": "text in pictures", "quality": "quality", "embed": "CLIP", "nsfw": "NSFW"}
-    mends = {
-        "text": _install("rapidocr", "onnxruntime"),
-        "embed": "unimodal curate … --set embed.weights=PATH --set embed.aesthetic=PATH",
-        "nsfw": "unimodal curate … --set nsfw.weights=PATH",
-    }
+    facts = stages.facts or {}
     found = []
-    for key, name in names.items():
-        why = (stages.facts or {}).get(key)
-        if key in ("text", "nsfw") and onnx.error:
-            found.append(Finding(name, "broken", f"onnxruntime: {onnx.error}", mends["text"]))
+    for key, (name, mend) in STAGES.items():
+        if key in facts["wrong"]:
+            found.append(Finding(name, "broken", facts["wrong"][key], mend))
+        elif key in ("text", "nsfw") and onnx.error:
+            found.append(Finding(name, "broken", f"onnxruntime: {onnx.error}", _install(*OCR)))
         elif key == "embed" and clip is not None and (clip.error or clip.absent):
             found.append(_cannot(name, clip, _install("open-clip-torch")))
-        elif why is None:
-            found.append(Finding(name, "works", "curate will score it"))
+        elif key in facts["skipped"]:
+            said = f"curate skips it: {facts['skipped'][key]}"
+            found.append(Finding(name, "absent", said, mend or _install(*OCR)))
         else:
-            found.append(Finding(name, "absent", f"curate skips it: {why}", mends.get(key, "")))
+            found.append(Finding(name, "works", "curate will score it"))
     return found
 
 

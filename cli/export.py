@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unimodal.cli import options
 
-app = typer.Typer(help="Write clips, a model or a tokenizer as files.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from unimodal.pipeline.export import Exported
+
+app = typer.Typer(
+    help="Write clips, a data set, a model or a tokenizer as files.", no_args_is_help=True
+)
 
 
 @app.callback()
 def _group() -> None:
-    """Write clips, a model or a tokenizer as files."""
+    """Write clips, a data set, a model or a tokenizer as files."""
 
 
 @app.command("clips")
@@ -39,7 +44,6 @@ def clips(
 ) -> None:
     """Write the kept clips of a run as files, with captions beside them; without sound."""
     from unimodal.cli import console
-    from unimodal.pipeline.errors import UnimodalError
     from unimodal.pipeline.export import export_clips
     from unimodal.pipeline.run import Run
 
@@ -52,11 +56,55 @@ def clips(
         crf=crf,
         progress=console.progress(quiet),
     )
+    _told(done, json, quiet)
+
+
+def _told(done: Exported, json: bool, quiet: bool) -> None:
+    from unimodal.cli import console
+    from unimodal.pipeline.errors import UnimodalError
+
     if done.failed and not done.written and not done.kept:
         raise UnimodalError(f"none of {len(done.failed)} clips could be written; see above")
     record = {"written": done.written, "kept": done.kept, "failed": len(done.failed)}
-    console.table(f"files in {out}", list(record.items()), quiet)
-    console.result(out, record, json)
+    console.table(f"files in {done.out}", list(record.items()), quiet)
+    console.result(done.out, record, json)
+
+
+@app.command("dataset")
+def dataset(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or '-'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder.")] = Path("dataset"),
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="huggingface: for datasets, finetrainers, video-dataset-scripts; open-sora; "
+            "webdataset: for webdataset, Megatron-Energon."
+        ),
+    ] = "huggingface",
+    where: Annotated[
+        str, typer.Option(help="Which clips: SQL over the columns of clips.parquet.")
+    ] = "verdict = 'keep'",
+    crop: Annotated[bool, typer.Option("--crop", help="Cut letterbox bars off.")] = False,
+    crf: Annotated[int, typer.Option(help="H.264 quality; lower is better.")] = 18,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write the kept clips of a run, cut to the frame, as a data set for other tools."""
+    from unimodal.cli import console
+    from unimodal.pipeline.layouts import export_dataset
+    from unimodal.pipeline.run import Run
+
+    done = export_dataset(
+        Run.open(console.from_stdin(run)),
+        out,
+        layout,  # type: ignore[arg-type]
+        where=where,
+        crop=crop,
+        crf=crf,
+        progress=console.progress(quiet),
+    )
+    _told(done, json, quiet)
 
 
 @app.command("tokenizer")

@@ -29,6 +29,8 @@ from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import pyarrow as pa
+
 from unimodal.pipeline import fetch, media
 from unimodal.pipeline.bounds import Limits
 from unimodal.pipeline.errors import MediaError, UsageError, full_disk, reason
@@ -67,12 +69,14 @@ def export_clips(
     out: Path | str,
     *,
     mode: Mode = "copy",
-    where: str = "verdict = 'keep'",
+    where: str | pa.Table = "verdict = 'keep'",
     crop: bool = False,
     crf: int = 18,
     progress: Progress | None = None,
 ) -> Exported:
     """Write the clips of a run for which `where` holds (SQL over the clip columns) into `out`.
+
+    `where` may be the rows themselves.
 
     `crop` cuts letterbox bars off and needs mode exact, as does turning a picture upright; `crf`
     is the H.264 encoder's quality, lower is better. Images are copied, in mode exact written as
@@ -92,7 +96,9 @@ def export_clips(
         raise UsageError(f"crf {crf}: the H.264 encoder takes 0 (lossless) to 51")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file is in the way; name another -o")
-    rows = run.clips.take(rows_where(run.clips, where, "clips")).to_pylist()
+    if isinstance(where, str):
+        where = run.clips.take(rows_where(run.clips, where, "clips"))
+    rows = where.to_pylist()
     how = {"version": VERSION, "mode": mode, "crop": crop, "crf": crf if mode == "exact" else None}
     limits = build(Limits, run.info["settings"]["limits"])
     sources = {s.uri: s for part in read_parts(run.path / "parts.parquet") for s in part.sources}
@@ -121,8 +127,8 @@ def export_clips(
                     done.failed.append({"uid": row["uid"], "uri": uri, "reason": why})
                     progress.note(f"not exported {row['uid']} of {uri}: {why}")
                 progress.advance("clips")
-        _write_lines(out / "clips.jsonl", written)
-        _write_lines(out / "failed.jsonl", done.failed)
+        write_lines(out / "clips.jsonl", written)
+        write_lines(out / "failed.jsonl", done.failed)
     except OSError as error:
         raise full_disk(error, out) or error from error
     progress.end("clips")
@@ -158,7 +164,8 @@ def _sidecar(row: Row, stem: Path, made: Mapping[str, Any]) -> dict[str, Any]:
     return note
 
 
-def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """JSON Lines; no failed.jsonl where nothing failed."""
     if not rows and path.name == "failed.jsonl":
         path.unlink(missing_ok=True)
         return

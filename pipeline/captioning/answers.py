@@ -1,7 +1,7 @@
 """From a model's answer to captions that can be believed, or the reason why there are none.
 
-Statuses are few, so that a report can count them: ok, truncated, broken JSON, empty, refused,
-repeats itself, wrong language, too short, too long; sources add theirs.
+Statuses are few, so that a report can count them: ok, truncated, broken JSON, broken characters,
+empty, refused, repeats itself, wrong language, too short, too long; sources add theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from unimodal.pipeline.tables import clean
 
 OK = "ok"
 TRUNCATED, BROKEN, EMPTY, REFUSED = "truncated", "broken JSON", "empty", "refused"
+GARBLED = "broken characters"
 REPEATS, LANGUAGE, SHORT, LONG = "repeats itself", "wrong language", "too short", "too long"
 
 LARGEST = 100_000
@@ -61,6 +62,8 @@ def checked(text: str, style: Style, language: str) -> tuple[str, str]:
     if refuses(text):
         return REFUSED, ""
     text = without_opening(text)
+    if "\ufffd" in text:  # stands for bytes that are no UTF-8: the model lost its way
+        return GARBLED, ""
     if len(text) > style.most:
         return LONG, ""
     if loops(text):

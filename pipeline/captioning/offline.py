@@ -294,5 +294,5 @@ def _held_back() -> Iterator[io.StringIO]:
             said.write(file.read().decode("utf-8", "replace"))
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join((str(error) or type(error).__name__).split())[:300]

@@ -54,6 +54,8 @@ DISTRIBUTIONS |= {
 DISTRIBUTIONS |= {"open_clip": "open-clip-torch", "skvideo": "scikit-video"}
 """What to install for a module, where it is not called like it."""
 
+AGAIN = ["--force-reinstall", "--no-deps"]
+
 OCR = ["rapidocr", "onnxruntime"]
 STAGES = {
     "text": ("text in pictures", ""),
@@ -140,6 +142,9 @@ def examine(deep: bool, preset: str, sets: Sequence[str], seconds: float) -> lis
         smi = pool.submit(nvidia_smi)
         looks = pool.map(lambda names: look(names, seconds, preset, sets), groups)
         seen = {name: one for group in looks for name, one in group.items()}
+    clip = seen["torchvision"].error and "torchvision is broken: mend that"
+    if "open_clip" in seen and not clip:
+        clip = seen["open_clip"].error and f"open_clip: {seen['open_clip'].error}"
     here, temporary, cache = Path.cwd(), Path(_temporary()), _cache()
     return [
         python(),
@@ -149,7 +154,7 @@ def examine(deep: bool, preset: str, sets: Sequence[str], seconds: float) -> lis
         *libraries({name: seen[name] for name in [*LIBRARIES, "cv2", "scenedetect"]}),
         *codecs(seen["av"]),
         small_tokenizer(),
-        *stages_of_curate(seen["stages"], seen["onnxruntime"], seen.get("open_clip")),
+        *stages_of_curate(seen["stages"], seen["onnxruntime"], clip),
         ray(seen["ray"], seen.get("ray start")),
         vllm(_requirements(), seen["torch"].version, bool(smi.result()), seen.get("vllm")),
         *extras(),
@@ -345,7 +350,7 @@ def _start_ray() -> dict[str, Any]:
 def python() -> Finding:
     """The interpreter; an older one could not have come so far."""
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("python", "works", f"{version}, {sys.executable}", road=True)
+    return Finding("python", "works", f"{version}, {_short(Path(sys.executable))}", road=True)
 
 
 def torch(seen: Seen) -> Finding:
@@ -379,7 +384,7 @@ def torchvision(seen: Seen, torch: Seen) -> Finding:
     """Whether torchvision goes with torch; only CLIP wants it."""
     wanted = partner(torch.version)
     pair = [f"torch=={_public(torch.version)}", f"torchvision=={wanted}.*"] if wanted else []
-    mend = _install("--force-reinstall", *pair) if pair else ""
+    mend = _install(*AGAIN, *pair) if pair else ""
     if seen.absent:
         said = "not installed: no CLIP scores"
         return Finding("torchvision", "absent", said, _install(*pair[1:]) if pair else "")
@@ -414,7 +419,7 @@ def libraries(seen: Mapping[str, Seen]) -> list[Finding]:
 
 def codecs(seen: Seen) -> list[Finding]:
     """PyAV, and what its FFmpeg can read and write."""
-    mend = _install("--force-reinstall", "av")
+    mend = _install(*AGAIN, "av")
     if seen.error or seen.absent:
         return [_cannot("video", seen, mend, road=True)]
     facts = seen.facts or {}
@@ -446,8 +451,11 @@ def small_tokenizer() -> Finding:
     return Finding("tokenizer", "broken", said, "pip install --force-reinstall unimodal", road=True)
 
 
-def stages_of_curate(stages: Seen, onnx: Seen, clip: Seen | None) -> list[Finding]:
-    """What `curate` can score: text in pictures (OCR), quality, CLIP, NSFW."""
+def stages_of_curate(stages: Seen, onnx: Seen, clip: str) -> list[Finding]:
+    """What `curate` can score: text in pictures (OCR), quality, CLIP, NSFW.
+
+    `clip` says why open_clip cannot run; empty if nothing speaks against it.
+    """
     if stages.error:
         return [Finding("curate", "broken", stages.error, road=True)]
     facts = stages.facts or {}
@@ -455,13 +463,15 @@ def stages_of_curate(stages: Seen, onnx: Seen, clip: Seen | None) -> list[Findin
     for key, (name, mend) in STAGES.items():
         if key in facts["wrong"]:
             found.append(Finding(name, "broken", facts["wrong"][key], mend))
-        elif key in ("text", "nsfw") and onnx.error:
-            found.append(Finding(name, "broken", f"onnxruntime: {onnx.error}", _install(*OCR)))
-        elif key == "embed" and clip is not None and (clip.error or clip.absent):
-            found.append(_cannot(name, clip, _install("open-clip-torch")))
         elif key in facts["skipped"]:
             said = f"curate skips it: {facts['skipped'][key]}"
             found.append(Finding(name, "absent", said, mend or _install(*OCR)))
+        elif key in ("text", "nsfw") and onnx.error:
+            said = f"onnxruntime cannot be imported: {onnx.error}"
+            mend = _install(*AGAIN, "onnxruntime")
+            found.append(Finding(name, "broken", said, mend))
+        elif key == "embed" and clip:
+            found.append(Finding(name, "broken", clip))
         else:
             found.append(Finding(name, "works", "curate will score it"))
     return found
@@ -511,7 +521,7 @@ def vllm(
         return Finding("vLLM", "broken", said, _install(f"torch=={wanted}"))
     if name != fitting:
         what = "has no use for the GPU" if gpu else "needs a GPU, and there is none"
-        mend = f"{_pip()} uninstall {name} && {_install(fitting)}"
+        mend = f"{_pip('uninstall', name)} && {_install(fitting)}"
         return Finding("vLLM", "limits", f"{version} {what}", mend)
     against = f", built against torch {wanted}" if wanted else ""
     tail = " (--deep imports it)" if seen is None else ", imported"
@@ -563,7 +573,7 @@ def disk(name: str, folder: Path, free: int, writable: bool = True, road: bool =
     """Space in a folder that we write to."""
     variables = {"temporary files": "TMPDIR", "cache": "UNIMODAL_CACHE"}
     mend = f"export {variables[name]}=/a/larger/disk" if name in variables else "df -h ."
-    said = f"{free / GIB:.1f} GiB free in {folder}"
+    said = f"{free / GIB:.1f} GiB free in {_short(folder)}"
     if not writable:
         return Finding(name, "broken", f"{folder} cannot be written to", mend, road)
     if free < GIB:
@@ -688,17 +698,34 @@ def _requirements() -> dict[str, list[str]]:
     return found
 
 
+def _short(path: Path) -> str:
+    """As a person would write it: from here, or from the home directory."""
+    for base, name in ((Path.cwd(), "."), (Path.home(), "~")):
+        if path.is_relative_to(base):
+            rest = path.relative_to(base)
+            return str(rest) if name == "." else str(Path(name) / rest)
+    return str(path)
+
+
 def _public(version: str) -> str:
     return version.split("+")[0]
 
 
-def _pip() -> str:
-    """pip of this very environment, wherever the command is run from."""
-    return f"{shlex.quote(sys.executable)} -m pip"
+def _pip(verb: str, *what: str) -> str:
+    """A command for this very environment, with uv where it is at hand.
+
+    uv takes the builds of torch and torchvision that belong together; pip may mix them.
+    """
+    python = Path(sys.executable)
+    place = str(_short(python) if python.is_relative_to(Path.cwd()) else python)
+    beside = python.with_name("uv")
+    uv = place.removesuffix(python.name) + "uv" if beside.is_file() else shutil.which("uv") and "uv"
+    words = [uv, "pip", verb, "--python", place] if uv else [place, "-m", "pip", verb]
+    return shlex.join([*words, *what])
 
 
 def _install(*what: str) -> str:
-    return shlex.join([*shlex.split(_pip()), "install", *what])
+    return _pip("install", *what)
 
 
 def _cannot(name: str, seen: Seen, mend: str, road: bool = False) -> Finding:

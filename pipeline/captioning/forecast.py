@@ -53,7 +53,8 @@ def forecast(run: Run, settings: CurateSettings, retry_failed: bool = False) -> 
         "clips": len(uids),
         "requests": requests,
         "pictures": pictures,
-        "prompt_tokens_about": int(tokens),
+        # A checkpoint sees pictures of the size that it was trained on, whatever theirs is.
+        **({} if own.source == "checkpoint" else {"prompt_tokens_about": int(tokens)}),
         "output_tokens_at_most": requests * own.max_tokens,
         "described_before": len(store.statuses) - len(failed),
         "failed_before": len(failed),

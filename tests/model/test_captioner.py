@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.self_captioner import KINDS
 from unimodal.cli.app import main
 from unimodal.model.captioner import CheckpointDescriber, media, open_checkpoint
 from unimodal.model.recipe import TrainSettings
@@ -29,6 +32,7 @@ from unimodal.pipeline.settings import build
 from unimodal.tokenize.shards import Shards
 
 SAID = "a quick brown"
+ONE_CORE = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 CURATE = 'skip=["text", "quality", "embed", "nsfw", "dedup", "match"]', "decide.image_min_area=0"
 
 
@@ -230,6 +234,7 @@ def test_it_describes_while_curating_and_afterwards_and_between_pipes(
     assert _run(monkeypatch, *asked, "--plan", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["requests"] == 5 and plan["prompt"].startswith("trained 1 (en")
+    assert "prompt_tokens_about" not in plan
     assert _run(monkeypatch, *asked) == 0
     rows = Run.open(after).clips.to_pylist()
     assert _said(rows) == [("caption", "en", SAID, "ok")] * 5
@@ -278,3 +283,24 @@ def test_mistakes_are_one_line(
     assert _run(monkeypatch, *asked) == code
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # two minutes of one core for training, two starts of vLLM
+def test_a_model_trained_here_describes_new_pictures_right_through_vllm(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    command = [sys.executable, "-m", "benchmarks.self_captioner", "-o", str(tmp_path)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env={**os.environ, **ONE_CORE}, cwd=root, stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    codes = figures.pop("codes")
+    assert {kind: one["n"] for kind, one in figures.items()} == dict.fromkeys(KINDS, 100)
+    assert figures["seen"]["both"] >= 80 and figures["combination"]["both"] >= 60
+    # Chance is 4 %; a pair that was never together is seen, if not as it should be.
+    other = codes["of another picture"]
+    assert other["both"] <= 12 and other["colour"] <= 30 and other["shape"] <= 40
+    assert codes["in another order"]["exact"] <= 50 < codes["as they are"]["exact"]
+    assert figures["pair"]["colour"] >= 60
+    # What the commands print is the run's path alone, whatever vLLM has to say.
+    assert done.stdout.decode().splitlines().count(str(tmp_path / "run")) == 2

@@ -161,6 +161,7 @@ def test_openings_that_say_nothing_are_cut_off(text: str, left: str) -> None:
         ("no " * 30, "repeats itself"),
         ("狗在跑" * 12, "repeats itself"),
         ("a" * 60, "repeats itself"),
+        ("The dog runs \ufffd\ufffdver the grass", "broken characters"),
         (
             "一只棕色的狗在宽阔的草地上奔跑，后面有一棵大树和一座红色屋顶的房子，天空很蓝而且没有一朵云。",
             "wrong language",

@@ -384,7 +384,7 @@ def torchvision(seen: Seen, torch: Seen) -> Finding:
     """Whether torchvision goes with torch; only CLIP wants it."""
     wanted = partner(torch.version)
     pair = [f"torch=={_public(torch.version)}", f"torchvision=={wanted}.*"] if wanted else []
-    mend = _install(*AGAIN, *pair) if pair else ""
+    mend = _pair(*pair) if pair else ""
     if seen.absent:
         said = "not installed: no CLIP scores"
         return Finding("torchvision", "absent", said, _install(*pair[1:]) if pair else "")
@@ -711,17 +711,28 @@ def _public(version: str) -> str:
     return version.split("+")[0]
 
 
-def _pip(verb: str, *what: str) -> str:
-    """A command for this very environment, with uv where it is at hand.
-
-    uv takes the builds of torch and torchvision that belong together; pip may mix them.
-    """
+def _place() -> str:
+    """This Python, as a person would write it."""
     python = Path(sys.executable)
-    place = str(_short(python) if python.is_relative_to(Path.cwd()) else python)
-    beside = python.with_name("uv")
-    uv = place.removesuffix(python.name) + "uv" if beside.is_file() else shutil.which("uv") and "uv"
-    words = [uv, "pip", verb, "--python", place] if uv else [place, "-m", "pip", verb]
+    return _short(python) if python.is_relative_to(Path.cwd()) else str(python)
+
+
+def _pip(verb: str, *what: str) -> str:
+    """A command for this very environment, with uv where it is at hand."""
+    beside = Path(sys.executable).with_name("uv").is_file()
+    uv = str(Path(_place()).with_name("uv")) if beside else shutil.which("uv") and "uv"
+    words = [uv, "pip", verb, "--python", _place()] if uv else [_place(), "-m", "pip", verb]
     return shlex.join([*words, *what])
+
+
+def _pair(*what: str) -> str:
+    """Install torch with torchvision: by uv, as pip may take the one for processors only and the
+    other for CUDA, which do not go together."""
+    command = _install(*AGAIN, *what)
+    if " -m pip " in command:
+        uv = [_place(), "-m", "uv", "pip", "install", "--python", _place(), *AGAIN, *what]
+        command = f"{_install('uv')} && {shlex.join(uv)}"
+    return command
 
 
 def _install(*what: str) -> str:

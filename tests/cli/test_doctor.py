@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from unimodal.cli import doctor
-from unimodal.cli.doctor import GIB, Finding, Seen, bad, look
+from unimodal.cli import doctor, machine
+from unimodal.cli.doctor import GIB, Finding, bad
+from unimodal.cli.machine import Seen, look
 
 Stub = Callable[..., Path]
 
@@ -157,9 +158,9 @@ def test_the_driver_is_asked_through_its_program(
     program.write_text(f"#!/bin/sh\necho '{SMI[0]}'\nexit ${{FAILS:-0}}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert doctor.nvidia_smi() == SMI
+    assert machine.nvidia_smi() == SMI
     monkeypatch.setenv("FAILS", "9")  # as it ends where the kernel module is not loaded
-    assert doctor.nvidia_smi() == []
+    assert machine.nvidia_smi() == []
 
 
 @pytest.mark.parametrize(
@@ -196,19 +197,19 @@ def test_the_installed_pair_is_made_for_one_another() -> None:
 def test_codecs_are_what_this_ffmpeg_really_does(monkeypatch: pytest.MonkeyPatch) -> None:
     import av
 
-    facts = doctor._av_facts(av)
+    facts = machine._av_facts(av)
     assert all(facts["decoders"].values()) and facts["h264"] == ""
-    monkeypatch.setitem(doctor.DECODERS, "AV1", ("no_such_decoder",))
-    (found, written) = doctor.codecs(Seen("18", facts=doctor._av_facts(av)))
+    monkeypatch.setitem(machine.DECODERS, "AV1", ("no_such_decoder",))
+    (found, written) = doctor.codecs(Seen("18", facts=machine._av_facts(av)))
     assert found.state == "limits" and found.said.endswith("VP9, not AV1")
     assert written.state == "works" and not bad([found, written])
-    monkeypatch.setitem(doctor.DECODERS, "H.264", ("no_such_decoder",))
+    monkeypatch.setitem(machine.DECODERS, "H.264", ("no_such_decoder",))
 
     def none(*_: Any, **__: Any) -> None:
         raise ValueError("no encoder libx264")
 
     monkeypatch.setattr(av, "open", none)
-    found, written = doctor.codecs(Seen("18", facts=doctor._av_facts(av)))
+    found, written = doctor.codecs(Seen("18", facts=machine._av_facts(av)))
     assert found.state == written.state == "broken" and "no encoder libx264" in written.said
 
 
@@ -257,18 +258,18 @@ def test_limits_of_a_container_are_seen(tmp_path: Path) -> None:
     seen = len(os.sched_getaffinity(0))
     new, old, info = tmp_path / "new", tmp_path / "old", tmp_path / "meminfo"
     info.write_text("MemTotal: 16777216 kB\nMemFree: 1 kB\nMemAvailable: 8388608 kB\n")
-    assert doctor.usable_processors(tmp_path) == seen
-    assert doctor.available_memory(tmp_path, info) == (16 * GIB, 8 * GIB)
+    assert machine.usable_processors(tmp_path) == seen
+    assert machine.available_memory(tmp_path, info) == (16 * GIB, 8 * GIB)
     new.mkdir()
     (new / "cpu.max").write_text("50000 100000\n")
     (new / "memory.max").write_text(f"{2 * GIB}\n")
     (new / "memory.current").write_text(f"{GIB + GIB // 2}\n")
-    assert doctor.usable_processors(new) == 0.5
-    assert doctor.available_memory(new, info) == (2 * GIB, GIB // 2)
+    assert machine.usable_processors(new) == 0.5
+    assert machine.available_memory(new, info) == (2 * GIB, GIB // 2)
     (new / "cpu.max").write_text("max 100000\n")
     (new / "memory.max").write_text("max\n")
-    assert doctor.usable_processors(new) == seen
-    assert doctor.available_memory(new, info) == (16 * GIB, 8 * GIB)
+    assert machine.usable_processors(new) == seen
+    assert machine.available_memory(new, info) == (16 * GIB, 8 * GIB)
     for name, text in (
         ("cpu/cpu.cfs_quota_us", "25000"),
         ("cpu/cpu.cfs_period_us", "100000"),
@@ -277,8 +278,8 @@ def test_limits_of_a_container_are_seen(tmp_path: Path) -> None:
     ):
         (old / name).parent.mkdir(parents=True, exist_ok=True)
         (old / name).write_text(text)
-    assert doctor.usable_processors(old) == 0.25
-    assert doctor.available_memory(old, info) == (4 * GIB, 3 * GIB)
+    assert machine.usable_processors(old) == 0.25
+    assert machine.available_memory(old, info) == (4 * GIB, 3 * GIB)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ from PIL import Image
 
 from benchmarks.self_captioner import KINDS
 from unimodal.cli.app import main
-from unimodal.model.captioner import CheckpointDescriber, media, open_checkpoint
+from unimodal.model.captioner import ENTRY, CheckpointDescriber, media, open_checkpoint
 from unimodal.model.recipe import TrainSettings
 from unimodal.model.sample import Sampler
 from unimodal.model.train import train
 from unimodal.pipeline.captioning.captioner import Answer, Ask, Failure
+from unimodal.pipeline.captioning.describe import open_source
 from unimodal.pipeline.captioning.settings import CaptionSettings
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.presets import CurateSettings
@@ -283,6 +284,30 @@ def test_mistakes_are_one_line(
     assert _run(monkeypatch, *asked) == code
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_engines_side_by_side_describe_as_one_does(stammering: Path, engine: str) -> None:
+    clips = {f"k{i}": one for i, one in enumerate(_pictures(6))}
+    asks = [_ask(key, (_jpeg(one),), temperature=0.7) for key, one in clips.items()]
+    alone = open_checkpoint(_settings(stammering))
+    for ask in asks:
+        alone.submit(ask)
+    expected = dict(alone.collect())
+    settings = _settings(stammering, data_parallel=2, in_flight=2)
+    both = open_source(settings, engine, None, ENTRY)
+    found: dict[str, Any] = {}
+    try:
+        while len(found) < len(asks):
+            waiting = [ask for ask in asks if ask.key not in found][: both.in_flight]
+            for ask in waiting:
+                both.submit(ask)
+            while not all(ask.key in found for ask in waiting):
+                found.update(both.collect())
+    finally:
+        both.close()
+    assert found == expected
 
 
 @pytest.mark.slow

@@ -65,6 +65,11 @@ TROUBLES: tuple[tuple[str, str], ...] = (
         r"must be divisible by .*tensor parallel|divisible by tensor_parallel|World size",
         "it cannot be spread over so many GPUs: change caption.tensor_parallel (now {tp})",
     ),
+    (
+        r"EngineCore encountered an issue",  # a process of its own, that took the reason with it
+        "the vLLM engine died; what it said is above. If memory ran out, lower caption.in_flight "
+        "(now {flight}), caption.max_model_len (now {length}) or caption.frames (now {frames})",
+    ),
 )
 """What vLLM says when it fails, and what to do about it."""
 

@@ -371,6 +371,11 @@ def test_the_folder_covers_what_words_depend_on_and_not_where_they_come_from() -
             "ValueError: Total number of heads must be divisible by tensor parallel",
             "tensor_parallel",
         ),
+        ("EngineCore encountered an issue. See stack trace", "lower caption.in_flight (now 64)"),
+        (
+            "ValueError: memory is less than requested memory for kv (9 GiB)",
+            "for the KV cache: lower",
+        ),
         ("KeyError: 'odd'\nRuntimeError: Engine core initialization failed.", "KeyError: 'odd'"),
     ],
 )

@@ -6,9 +6,11 @@ clips, what becomes of those that cannot be believed, and what engines refuse ca
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -240,6 +242,52 @@ def test_a_model_or_a_machine_that_cannot_is_told_in_one_line(offline: dict[str,
     assert "no room for the KV cache" in overfull and "caption.gpu_memory_utilization" in overfull
     assert all(one.count("\n") == 0 for one in told), told
     assert not any(one["stdout"] for one in offline["refused"])
+
+
+def test_an_engine_that_is_killed_ends_the_run_in_one_line_and_what_is_done_is_kept(
+    bare: Path, model: Path, asking: list[str], tmp_path: Path
+) -> None:
+    """As users run it: the engine and its worker are processes of their own."""
+    run = Path(shutil.copytree(bare, tmp_path / "run"))
+    command = [sys.executable, "-m", "unimodal.cli", "caption", str(run), "--source=vllm", *asking]
+    command += ["--set=caption.in_flight=1", "--set=caption.engine={enforce_eager = true}"]
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    log = tmp_path / "log"
+    with log.open("w") as err:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=err, text=True
+        )
+        while not list(run.glob("describe-*/journal.jsonl")) and process.poll() is None:
+            time.sleep(0.01)
+        family = _below(process.pid)
+        workers = [pid for pid, name in family.items() if name == "VLLM::Worker"]
+        os.kill(workers[0], signal.SIGKILL)
+        out, _ = process.communicate(timeout=200)
+    told = log.read_text().strip().splitlines()
+    assert process.returncode == 1 and not out
+    assert "the vLLM engine died" in told[-1] and "lower caption.in_flight (now 1)" in told[-1]
+    assert told[-1].endswith("run the same command again")
+    journal = next(run.glob("describe-*/journal.jsonl"))
+    assert 0 < len(journal.read_bytes().splitlines()) < len(_kept(run))
+    for _ in range(100):  # nothing stays behind
+        if not [pid for pid in family if Path(f"/proc/{pid}").exists()]:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError(f"still there: {family}")
+
+
+def _below(pid: int) -> dict[int, str]:
+    """Names of all processes that one has started, and that these have."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            rest = file.read_text().rpartition(")")[2].split()
+            if int(rest[1]) == pid:
+                child = int(file.parent.name)
+                found |= {child: file.with_name("comm").read_text().strip(), **_below(child)}
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from unimodal.cli import doctor, machine
-from unimodal.cli.doctor import GIB, Finding, bad
+from unimodal.cli import findings, machine
+from unimodal.cli.findings import GIB, Finding, bad
 from unimodal.cli.machine import Seen, look
 
 Stub = Callable[..., Path]
@@ -71,7 +71,7 @@ def test_a_module_that_never_comes_back_is_given_up(stub: Stub) -> None:
     stub(sleeper="import time\ntime.sleep(600)")
     seen = look(["sleeper"], 2)
     assert seen["sleeper"].error == "importing it takes more than 2 s"
-    found = doctor._cannot("torch", seen["sleeper"], "pip install", road=True)
+    found = findings._cannot("torch", seen["sleeper"], "pip install", road=True)
     assert found.mend == "unimodal doctor --seconds 600" and bad([found])
 
 
@@ -116,10 +116,10 @@ def test_weights_that_are_given_are_looked_for(tmp_path: Path) -> None:
     (tmp_path / "clip.pt").touch()
     sets = [f"embed.weights={tmp_path / 'clip.pt'}", f"nsfw.weights={tmp_path / 'none.onnx'}"]
     stages = look(["stages"], 60, "best", sets)["stages"]
-    found = {one.name: one for one in doctor.stages_of_curate(stages, Seen(), "")}
+    found = {one.name: one for one in findings.stages_of_curate(stages, Seen(), "")}
     assert found["CLIP"].state == "works"
     assert found["NSFW"].state == "broken" and "none.onnx" in found["NSFW"].said
-    failed = doctor.stages_of_curate(stages, Seen(error="no libgomp"), "torchvision is broken")
+    failed = findings.stages_of_curate(stages, Seen(error="no libgomp"), "torchvision is broken")
     states = {one.name: (one.state, one.said) for one in failed}
     assert states["CLIP"] == ("broken", "torchvision is broken")
     assert states["text in pictures"] == ("broken", "onnxruntime cannot be imported: no libgomp")
@@ -146,7 +146,7 @@ SMI = ["NVIDIA H100 80GB HBM3, 550.54.15, 81559 MiB"]
 def test_gpus_that_torch_cannot_use_are_told_apart(
     facts: dict[str, Any], smi: list[str], state: str, says: str
 ) -> None:
-    found = doctor.gpu(facts, smi)
+    found = findings.gpu(facts, smi)
     assert found.state == state and says in found.said
     assert not bad([found])  # the road runs on processors
 
@@ -168,7 +168,7 @@ def test_the_driver_is_asked_through_its_program(
     [("2.13.0", "0.28"), ("2.11.1+cpu", "0.26"), ("2.0.0", "0.15"), ("3.0.0", None), ("", None)],
 )
 def test_each_torch_has_its_torchvision(torch: str, torchvision: str | None) -> None:
-    assert doctor.partner(torch) == torchvision
+    assert findings.partner(torch) == torchvision
 
 
 def test_without_uv_it_is_fetched_for_torch_and_torchvision(
@@ -177,20 +177,20 @@ def test_without_uv_it_is_fetched_for_torch_and_torchvision(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor._install("av") == "python -m pip install av"
-    found = doctor.torchvision(Seen(error="RuntimeError: nms"), Seen("2.13.0"))
+    assert findings._install("av") == "python -m pip install av"
+    found = findings.torchvision(Seen(error="RuntimeError: nms"), Seen("2.13.0"))
     assert found.mend == (
         "python -m pip install uv && python -m uv pip install --python python "
         "--force-reinstall --no-deps torch==2.13.0 'torchvision==0.28.*'"
     )
     (tmp_path / "uv").touch()
-    assert doctor._install("av") == "uv pip install --python python av"
+    assert findings._install("av") == "uv pip install --python python av"
 
 
 def test_the_installed_pair_is_made_for_one_another() -> None:
     from importlib import metadata
 
-    expected = doctor.partner(metadata.version("torch"))
+    expected = findings.partner(metadata.version("torch"))
     assert expected and metadata.version("torchvision").startswith(f"{expected}.")
 
 
@@ -200,7 +200,7 @@ def test_codecs_are_what_this_ffmpeg_really_does(monkeypatch: pytest.MonkeyPatch
     facts = machine._av_facts(av)
     assert all(facts["decoders"].values()) and facts["h264"] == ""
     monkeypatch.setitem(machine.DECODERS, "AV1", ("no_such_decoder",))
-    (found, written) = doctor.codecs(Seen("18", facts=machine._av_facts(av)))
+    (found, written) = findings.codecs(Seen("18", facts=machine._av_facts(av)))
     assert found.state == "limits" and found.said.endswith("VP9, not AV1")
     assert written.state == "works" and not bad([found, written])
     monkeypatch.setitem(machine.DECODERS, "H.264", ("no_such_decoder",))
@@ -209,7 +209,7 @@ def test_codecs_are_what_this_ffmpeg_really_does(monkeypatch: pytest.MonkeyPatch
         raise ValueError("no encoder libx264")
 
     monkeypatch.setattr(av, "open", none)
-    found, written = doctor.codecs(Seen("18", facts=machine._av_facts(av)))
+    found, written = findings.codecs(Seen("18", facts=machine._av_facts(av)))
     assert found.state == written.state == "broken" and "no encoder libx264" in written.said
 
 
@@ -227,20 +227,20 @@ def test_codecs_are_what_this_ffmpeg_really_does(monkeypatch: pytest.MonkeyPatch
 def test_vllm_goes_with_the_torch_and_the_machine(
     requirements: dict[str, list[str]], torch: str, gpu: bool, state: str, mend: str
 ) -> None:
-    found = doctor.vllm(requirements, torch, gpu, None)
+    found = findings.vllm(requirements, torch, gpu, None)
     assert found.state == state and found.mend.endswith(mend)
-    broken = doctor.vllm(requirements, torch, gpu, Seen(error="ImportError: libcuda.so.1"))
+    broken = findings.vllm(requirements, torch, gpu, Seen(error="ImportError: libcuda.so.1"))
     assert broken.state == ("broken" if requirements else "absent")
 
 
 def test_ray_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert doctor.ray(Seen("2.6"), None).state == "works"
-    assert doctor.ray(Seen("2.6"), Seen(facts={"cpus": 2.0})).said.startswith("2.6 starts")
-    failed = doctor.ray(Seen("2.6"), Seen(error="ConnectionError: nobody there"))
+    assert findings.ray(Seen("2.6"), None).state == "works"
+    assert findings.ray(Seen("2.6"), Seen(facts={"cpus": 2.0})).said.startswith("2.6 starts")
+    failed = findings.ray(Seen("2.6"), Seen(error="ConnectionError: nobody there"))
     assert failed.state == "broken" and "nobody there" in failed.said
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    failed = doctor.ray(Seen("2.6"), Seen(error="ConnectionError: nobody there"))
+    failed = findings.ray(Seen("2.6"), Seen(error="ConnectionError: nobody there"))
     assert "RAY_ADDRESS=head:6379" in failed.said and failed.mend == "unset RAY_ADDRESS"
 
 
@@ -285,21 +285,21 @@ def test_limits_of_a_container_are_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("finding", "state", "mend"),
     [
-        (doctor.disk("disk", Path("/d"), 50 * GIB, road=True), "works", ""),
-        (doctor.disk("disk", Path("/d"), 3 * GIB, road=True), "limits", "df -h ."),
-        (doctor.disk("disk", Path("/d"), GIB // 2, road=True), "broken", "df -h ."),
-        (doctor.disk("disk", Path("/d"), 50 * GIB, False, road=True), "broken", "df -h ."),
-        (doctor.disk("cache", Path("/c"), 0), "broken", "export UNIMODAL_CACHE="),
-        (doctor.memory(8 * GIB, 6 * GIB, 4), "works", ""),
-        (doctor.memory(8 * GIB, 6 * GIB, 64), "limits", "--workers 12"),
-        (doctor.memory(8 * GIB, GIB // 2, 1), "broken", "free -h"),
-        (doctor.processors(64, 64.0), "works", ""),
-        (doctor.processors(64, 3.5), "limits", "--workers 3"),
-        (doctor.shared_memory(64 << 20, 64 << 20), "limits", "--shm-size=8g"),
-        (doctor.shared_memory(8 * GIB, 8 * GIB), "works", ""),
-        (doctor.shared_memory(0, 0), "absent", ""),
-        (doctor.open_files(1024), "limits", "ulimit -n 65536"),
-        (doctor.open_files(65536), "works", ""),
+        (findings.disk("disk", Path("/d"), 50 * GIB, road=True), "works", ""),
+        (findings.disk("disk", Path("/d"), 3 * GIB, road=True), "limits", "df -h ."),
+        (findings.disk("disk", Path("/d"), GIB // 2, road=True), "broken", "df -h ."),
+        (findings.disk("disk", Path("/d"), 50 * GIB, False, road=True), "broken", "df -h ."),
+        (findings.disk("cache", Path("/c"), 0), "broken", "export UNIMODAL_CACHE="),
+        (findings.memory(8 * GIB, 6 * GIB, 4), "works", ""),
+        (findings.memory(8 * GIB, 6 * GIB, 64), "limits", "--workers 12"),
+        (findings.memory(8 * GIB, GIB // 2, 1), "broken", "free -h"),
+        (findings.processors(64, 64.0), "works", ""),
+        (findings.processors(64, 3.5), "limits", "--workers 3"),
+        (findings.shared_memory(64 << 20, 64 << 20), "limits", "--shm-size=8g"),
+        (findings.shared_memory(8 * GIB, 8 * GIB), "works", ""),
+        (findings.shared_memory(0, 0), "absent", ""),
+        (findings.open_files(1024), "limits", "ulimit -n 65536"),
+        (findings.open_files(65536), "works", ""),
     ],
 )
 def test_resources_are_held_against_what_is_needed(finding: Finding, state: str, mend: str) -> None:

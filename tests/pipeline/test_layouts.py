@@ -337,3 +337,19 @@ def test_mistakes_name_what_was_written(run: Run, tmp_path: Path) -> None:
     trick = "kind = 'image') OR (kind = 'image' -- only"
     done = export_dataset(run, tmp_path / "out", "huggingface", where=trick)
     assert done.written == 2 and not (tmp_path / "out" / "videos").exists()
+
+
+def test_the_command_prints_the_folder_and_what_it_did(run: Run, tmp_path: Path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "unimodal.cli", "export", "dataset", "-"]
+        out = ["-o", str(tmp_path / "out"), *arguments]
+        return subprocess.run(
+            [*command, *out], input=f"{run.path}\n", capture_output=True, text=True
+        )
+
+    done = call("--layout", "open-sora", "--json", "--quiet", "--where", "kind = 'image'")
+    assert done.returncode == 0, done.stderr
+    record = {"path": str(tmp_path / "out"), "written": 2, "kept": 0, "failed": 0}
+    assert json.loads(done.stdout) == record and not done.stderr
+    wrong = call("--layout", "finetrainers")
+    assert wrong.returncode == 2 and "there are huggingface, open-sora" in wrong.stderr

@@ -20,6 +20,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unimodal.pipeline.clips import write_parquet
-from unimodal.pipeline.errors import UsageError, full_disk
+from unimodal.pipeline.errors import UnimodalError, UsageError, full_disk
 from unimodal.pipeline.export import VERSION, Exported, export_clips, write_lines
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
@@ -71,10 +72,11 @@ def export_dataset(
             rows = [_open_sora(row, out / "files", scores) for row in _exported(out / "files")]
             _tables(out, rows, [*OPEN_SORA, "uid", *_known(rows, scores)])
         else:
-            for kind in sorted(set(chosen.column("kind").to_pylist())):
-                folder = out / f"{kind}s"
-                _add(done, export_clips(run, folder, where=_of(chosen, "kind", kind), **given))
-                _folder(folder, scores)
+            for kind in ("image", "video"):
+                rows, folder = _of(chosen, "kind", kind), out / f"{kind}s"
+                if rows.num_rows:
+                    _add(done, export_clips(run, folder, where=rows, **given))
+                    _folder(folder, scores)
     except OSError as error:
         raise full_disk(error, out) or error from error
     done.out = out
@@ -169,8 +171,13 @@ def _tars(
     `tars.json` says what each was made of; it is written after them, and tells what is done.
     """
     listed = out / "tars.json"
-    made = json.loads(listed.read_text()) if listed.exists() else {}
+    made: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # none yet, or damaged: all tars are made again
+        made = json.loads(listed.read_text())
     parts = sorted(set(chosen.column("part").to_pylist()))
+    for part in {*parts, *made}:
+        if not re.fullmatch("[0-9a-f]{16}", part):  # it becomes a file's name
+            raise UnimodalError(f"{part!r} is no name of a part: curate into a new run")
     for stale in set(made) - set(parts):
         (out / f"{stale}.tar").unlink(missing_ok=True)
         del made[stale]

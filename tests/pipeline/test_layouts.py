@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from unimodal.pipeline import media
-from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.layouts import OPEN_SORA, export_dataset
 from unimodal.pipeline.presets import CurateSettings
 from unimodal.pipeline.run import Run, curate
@@ -337,6 +339,23 @@ def test_mistakes_name_what_was_written(run: Run, tmp_path: Path) -> None:
     trick = "kind = 'image') OR (kind = 'image' -- only"
     done = export_dataset(run, tmp_path / "out", "huggingface", where=trick)
     assert done.written == 2 and not (tmp_path / "out" / "videos").exists()
+
+
+def test_a_part_or_kind_that_a_stranger_named_is_no_path(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    clips = run.clips
+    for column in ("part", "kind"):
+        at = clips.schema.get_field_index(column)
+        names = pa.array([f"../{name}" for name in clips.column(column).to_pylist()])
+        clips = clips.set_column(at, clips.schema.field(at), names)
+    pq.write_table(clips, tmp_path / "run" / "clips.parquet")
+    hostile = Run.open(tmp_path / "run")
+    with pytest.raises(UnimodalError, match="is no name of a part"):
+        export_dataset(hostile, tmp_path / "a" / "out", "webdataset")
+    export_dataset(hostile, tmp_path / "b" / "out", "huggingface")
+    assert not [*(tmp_path / "a" / "out").iterdir(), *(tmp_path / "b" / "out").iterdir()]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["out"]
 
 
 def test_the_command_prints_the_folder_and_what_it_did(run: Run, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Several vLLM engines side by side: in processes of this machine, or in actors on a Ray cluster.
 
-Each has `tensor_parallel` GPUs to itself and is handed `in_flight` questions; whoever has the
-fewest gets the next. An engine that dies is started again, once each time that it had answered
-something, and its questions are asked again; one that dies without an answer ends the run.
+Each has `tensor_parallel` GPUs to itself and is handed `in_flight` questions and some to follow;
+whoever has the fewest gets the next. An engine that dies is started again, once each time that it
+had answered something, and its questions are asked again; one that dies without an answer ends
+the run.
 
     python -P -m unimodal.pipeline.captioning.fleet
 
@@ -277,7 +278,7 @@ def side_by_side(settings: CaptionSettings, entry: str = "") -> Fleet:
         mine = gpus[number * each : (number + 1) * each]
         return Process(settings, mine, tell, entry)
 
-    return Fleet(settings.data_parallel, settings.in_flight, start)
+    return Fleet(settings.data_parallel, settings.handed, start)
 
 
 def on_ray(settings: CaptionSettings, address: str | None, entry: str = "") -> Captioner:
@@ -300,7 +301,7 @@ def on_ray(settings: CaptionSettings, address: str | None, entry: str = "") -> C
     def start(number: int, tell: Tell) -> Member:
         return Actor(kind.remote(settings.model_dump_json(), entry), tell)
 
-    fleet = Fleet(settings.data_parallel, settings.in_flight, start)
+    fleet = Fleet(settings.data_parallel, settings.handed, start)
     if not mine:
         return fleet
     return _OwnRay(fleet)

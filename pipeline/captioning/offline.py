@@ -78,7 +78,7 @@ class Offline:
     """A vLLM engine in this process (its workers may be others); see `Captioner`."""
 
     def __init__(self, settings: CaptionSettings) -> None:
-        self.in_flight = settings.in_flight
+        self.in_flight = settings.handed
         self._settings = settings
         self._threads = ThreadPoolExecutor(4)
         self._coming: deque[tuple[Ask, Future[list[Any]]]] = deque()

@@ -112,6 +112,15 @@ class CaptionSettings(Settings):
         return self
 
     @property
+    def handed(self) -> int:
+        """Requests that a vLLM engine is handed: more than it works at, so that it never waits.
+
+        At 8 in flight on two busy cores, captions came at 0.95 of the rate of vLLM's own benchmark
+        without them and at 1.04 with them (medians of 10 pairs); at 16 there was no difference.
+        """
+        return self.in_flight + self.in_flight // 4
+
+    @property
     def by_model(self) -> bool:
         """Whether a model writes captions, beside those of people."""
         return self.source != "sidecar"

@@ -1,12 +1,13 @@
 """Whether a model learns what it is shown: motion, understanding, edits and guidance, in figures.
 
     OMP_NUM_THREADS=2 python -m benchmarks.proof -o DIR [--quick] [--pictures docs/pictures]
-    python -m benchmarks.proof -o DIR --only judge shards train images guidance videos ...
+    python -m benchmarks.proof -o DIR --only "train clips" videos ...
 
-One small decoder is trained with `unimodal.model.train` on the world of benchmarks/shapes.py:
-pictures and clips with captions, drawn and described, and edits. Then it is asked for what it has
-never seen, and what it draws is measured. Every stage leaves its result in DIR and is skipped when
-that is there; training goes on from its last checkpoint. DIR/figures.json holds all figures.
+A small decoder is trained with `unimodal.model.train` on the world of benchmarks/shapes.py: first
+on pictures with captions, drawn and described; from there one goes on with clips, another with
+edits. Then they are asked for what they have never seen, and what they draw is measured. Every
+stage leaves its result in DIR and is skipped when that is there; training goes on from its last
+checkpoint. DIR/figures.json holds all figures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from unimodal.tokenize.vocabulary import Vocabulary
 
 RECIPE = Path(__file__).parent / "shapes.toml"
 SEED = 0
-WORLD = 3
+WORLD = 4
 """To be raised when shapes.py draws other pictures: shards are made anew."""
 COUNTS = {"pictures": 6144, "clips": 2048, "edits": 5120}
 """Training samples of each kind; a thirty-second more is for validation."""
@@ -182,10 +183,9 @@ class Run:
     quick: bool
     workers: int
 
-    @cached_property
-    def sampler(self) -> Sampler:
-        """Of the trained decoder."""
-        return Sampler.load(self.out / "ckpt", "cpu")
+    def sampler(self, kind: str) -> Sampler:
+        """Of the decoder that was trained on pictures, clips or edits last."""
+        return Sampler.load(self.out / "ckpt" / kind, "cpu")
 
     @cached_property
     def tokenizer(self) -> VisionTokenizer:
@@ -312,11 +312,12 @@ SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 
 def images(run: Run) -> dict[str, Any]:
     """Pictures from captions, at each scale of guidance."""
+    sampler = run.sampler("pictures")
     found: dict[str, Any] = {}
     for name, unseen in SETS.items():
         things = asked_pictures(run, "images", 240, unseen)
         for scale in SCALES:
-            drawn = run.sampler.images([t.caption for t in things], guidance=scale, seed=SEED)
+            drawn = sampler.images([t.caption for t in things], guidance=scale, seed=SEED)
             seen = [shapes.look(row[0]) for row in drawn]
             other = things[1:] + things[:1]  # what is right by chance
             found.setdefault(name, {})[str(scale)] = {
@@ -324,18 +325,19 @@ def images(run: Run) -> dict[str, Any]:
                 "another caption": matches(other, seen)["all"],
             }
     shown = asked_pictures(run, "sweep", 8, True)[:8]
-    rows = [run.sampler.images([t.caption for t in shown], guidance=s, seed=1) for s in SCALES]
+    rows = [sampler.images([t.caption for t in shown], guidance=s, seed=1) for s in SCALES]
     run.keep("sweep", drawn=np.array(rows)[:, :, 0], captions=np.array([t.caption for t in shown]))
     return found
 
 
 def videos(run: Run) -> dict[str, Any]:
     """Clips from captions."""
+    sampler = run.sampler("clips")
     found: dict[str, Any] = {}
     for name, unseen in SETS.items():
         clips = asked_clips(run, "videos", 144, unseen)
         for scale in SCALES[:4:2] if not run.quick else SCALES[2:3]:
-            rows = run.sampler.videos([c.caption for c in clips], guidance=scale, seed=SEED)
+            rows = sampler.videos([c.caption for c in clips], guidance=scale, seed=SEED)
             drawn = [row[0] for row in rows]
             found.setdefault(name, {})[str(scale)] = movements(clips, drawn)
         run.keep(
@@ -348,6 +350,7 @@ def videos(run: Run) -> dict[str, Any]:
 
 def continuation(run: Run) -> dict[str, Any]:
     """The second half of clips whose first half is given, without a word and with the caption."""
+    sampler = run.sampler("clips")
     found: dict[str, Any] = {}
     half = shapes.FRAMES // 2
     for name, unseen in SETS.items():
@@ -356,7 +359,7 @@ def continuation(run: Run) -> dict[str, Any]:
         given = [frames[:half] for frames in real]
         kept = decoded(run.tokenizer, encoded(run.tokenizer, real))
         for told, prompts in (("silent", None), ("told", [one.caption for one in clips])):
-            rows = run.sampler.extend(given, half, prompts=prompts, guidance=1.0, seed=SEED)
+            rows = sampler.extend(given, half, prompts=prompts, guidance=1.0, seed=SEED)
             drawn = [row[0] for row in rows]
             found.setdefault(name, {})[told] = continued(clips, drawn, kept)
             if told == "silent":
@@ -390,6 +393,7 @@ def continued(
 
 def describe(run: Run) -> dict[str, Any]:
     """Captions of pictures and clips, of their codes in another order, and of others' codes."""
+    samplers = {kind: run.sampler(kind) for kind in ("pictures", "clips")}
     found: dict[str, Any] = {}
     for name, unseen in SETS.items():
         things = asked_pictures(run, "describe", 240, unseen)
@@ -412,7 +416,7 @@ def describe(run: Run) -> dict[str, Any]:
             }
             for way, some in ways.items():
                 asked = [one[0] if kind == "pictures" else one for one in some]
-                texts = run.sampler.describe(asked, max_tokens=80)
+                texts = samplers[kind].describe(asked, max_tokens=80)
                 found.setdefault(name, {}).setdefault(kind, {})[way] = worded(captions, texts)
                 if way == "codes":
                     shown = [m if kind == "pictures" else m[:: shapes.FRAMES // 4] for m in media]
@@ -459,6 +463,7 @@ SHOWN = "1.5-2"
 
 def edits(run: Run) -> dict[str, Any]:
     """Edits of pictures that training never had, at some scales of guidance."""
+    sampler = run.sampler("edits")
     found: dict[str, Any] = {}
     for name, unseen in SETS.items():
         rng = shapes.rng_of(SEED, "edits", unseen)
@@ -467,7 +472,7 @@ def edits(run: Run) -> dict[str, Any]:
         ]
         sources = [shapes.picture(one.source) for one in asked]
         for image, scale in EDITING:
-            rows = run.sampler.edit(
+            rows = sampler.edit(
                 sources,
                 [one.instruction for one in asked],
                 guidance=scale,
@@ -531,18 +536,28 @@ def shards(run: Run) -> dict[str, Any]:
     return {"samples": counts}
 
 
-def learn(run: Run) -> dict[str, Any]:
+TRAININGS = {
+    "pictures": (None, ["steps=2400", "optimizer.lr=6e-3"]),
+    "clips": ("pictures", ["steps=4000", "optimizer.lr=5e-3"]),
+    "edits": ("pictures", ["steps=3000", "optimizer.lr=4e-3"]),
+}
+"""Of each decoder: whose weights it begins with, and what it has otherwise than shapes.toml."""
+
+
+def learn(run: Run, kind: str) -> dict[str, Any]:
     """Train, or go on with it."""
+    start, sets = TRAININGS[kind]
     less = ["steps=20", "log.validate_every=0"] if run.quick else []
-    settings = settings_from(RECIPE, {"seed": SEED, "device": "cpu"}, sets=less)
-    out = train([run.out / "shards" / kind for kind in COUNTS], run.out / "ckpt", settings)
+    settings = settings_from(RECIPE, {"seed": SEED, "device": "cpu"}, sets=[*sets, *less])
+    init = run.out / "ckpt" / start if start else None
+    out = train([run.out / "shards" / kind], run.out / "ckpt" / kind, settings, init=init)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last: dict[str, Any] = {}
     for record in records:
         last |= record
     return {
         "threads": torch.get_num_threads(),
-        "parameters": sum(one.numel() for one in run.sampler.decoder.parameters()),
+        "parameters": sum(one.numel() for one in run.sampler(kind).decoder.parameters()),
         **{key: last[key] for key in ("step", "tokens", "epoch", "elapsed_s")},
         **{key: round(value, 4) for key, value in last.items() if "/" in key},
     }
@@ -551,7 +566,7 @@ def learn(run: Run) -> dict[str, Any]:
 STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
     "judge": judge,
     "shards": shards,
-    "train": learn,
+    **{f"train {kind}": partial(learn, kind=kind) for kind in TRAININGS},
     "images": images,
     "videos": videos,
     "describe": describe,

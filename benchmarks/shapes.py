@@ -56,6 +56,8 @@ hour on one core learns colours, but neither shapes nor motions (shape: chance).
 MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks")
 SPEED = 2.0
 """Pixels per frame; what grows or shrinks gains or loses half as many."""
+LANES = (16.0, 32.0, 48.0)
+"""Where a clip's shape is along the side of the picture that it does not cross."""
 
 _NAMES = (*SIZES, *COLOURS, *SHAPES, *PLACES, *GROUNDS, *MOTIONS, "it to the on")
 WORDS = ("make", "move", *sorted({f" {word}" for name in _NAMES for word in name.split()}))
@@ -156,17 +158,10 @@ def moving(rng: np.random.Generator, unseen: bool, **told: str) -> Clip:
     growth = {"grows": 0.5, "shrinks": -0.5}.get(motion, 0.0) * SPEED
     side = 16.0 if growth else 24.0
     largest = side + abs(growth) * steps
-    start = [  # all of it stays in the picture
-        float(
-            LATTICE
-            * rng.integers(
-                -int(-(largest / 2 - min(0, by * steps)) // LATTICE),
-                int((SIDE - largest / 2 - max(0, by * steps)) // LATTICE),
-                endpoint=True,
-            )
-        )
-        for by in (dx, dy)
-    ]
+    lane = float(rng.choice(LANES))
+    middle = SIDE / 2
+    # What moves crosses the picture in its lane; what grows or shrinks stays in a lane's middle.
+    start = (middle - 8 * dx if dx else lane, middle - 8 * dy if dy else middle)
     first = largest if growth < 0 else side
     one = Thing(colour, shape, "", "", ground, COLOURS[colour], GROUNDS[ground], *start, first)
     return Clip(one, motion, (dx, dy), growth)

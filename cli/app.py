@@ -25,6 +25,7 @@ from unimodal.cli import (
     train_tokenizer,
     why,
 )
+from unimodal.cli import eval as evaluation
 
 app = typer.Typer(
     name="unimodal",
@@ -46,6 +47,7 @@ for stage in ("cut", "flow", "text", "score", "dedup", "decide", "caption", "rep
 app.command("prefer")(prefer.prefer)
 app.command("why")(why.why)
 app.command("inspect")(inspect.inspect)
+app.add_typer(evaluation.app, name="eval")
 app.add_typer(export.app, name="export")
 app.command("train-tokenizer")(train_tokenizer.train_tokenizer)
 app.command("demo")(demo.demo)

@@ -8,11 +8,9 @@ The page is one file that makes no request; what it shows lies beside it as PNG 
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unimodal.pipeline import report
 from unimodal.pipeline.clips import CLIPS
 from unimodal.pipeline.errors import MediaError, UnimodalError, reason
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.markup import Html, h
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.report.charts import histogram
+from unimodal.pipeline.report.sheet import check_ours, data, document, figure, png
 from unimodal.pipeline.report.words import count, cut_off, share, table
 from unimodal.tokenize.device import out_of_memory
 from unimodal.tokenize.document import Text, parts_length
-from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings, windows
+from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings, Window, windows
 from unimodal.tokenize.shards import Shards
 from unimodal.tokenize.stats import SIZE, Statistics, size_length
 from unimodal.tokenize.unit import exact_arithmetic, image_pixels, video_pixels
@@ -46,21 +44,6 @@ SHEET = 12  # samples of a contact sheet
 PICTURES = 48  # of a video: windows after the first are taken while there are no more in all
 SAMPLED = 1 << 20  # codes over which the use of a codebook is counted
 TASK = "painted"  # of the progress
-OURS = "unimodal inspect"  # generator of the page: a folder with such a page is written again
-
-STYLE = """
-section:first-child { margin-top: 0; }
-.four { display: grid; grid-template-columns: repeat(4, 1fr); gap: .9rem; margin-top: 1rem; }
-.clip .picture { aspect-ratio: 4 / 3; }
-.clip img { width: 100%; height: 100%; object-fit: contain; }
-.columns, .panels, figure > svg { margin-top: 1.4rem; }
-video { max-width: 46rem; }
-figure { margin: 0; }
-figure > * { display: block; width: 100%; height: auto; border-radius: 4px; }
-figcaption { font-size: 13px; line-height: 1.35; color: var(--soft); margin: .35rem 0; }
-figcaption b { color: var(--ink); font-weight: 620; display: block; }
-@media (max-width: 55rem) { .four { grid-template-columns: 1fr 1fr; } }
-"""
 
 Figures = dict[str, Any]
 
@@ -83,7 +66,7 @@ def look(
     Raises `UnimodalError` if none could, or if `out` holds something else.
     """
     progress = progress or Progress()
-    _check_ours(out)
+    check_ours(out, "inspect")
     places = [_place(thing) for thing in things]
     trained = None if all(places) else _load(tokenizer or settings.tokenizer, device)
     sections, records = [], []
@@ -93,7 +76,7 @@ def look(
         stem = out / f"{number:02d}-{name[:60]}"
         try:
             if trained is not None and place is None:
-                eye = _Eye(trained, stem, progress, f"--area (now {settings.area})")
+                eye = Eye(trained, stem, progress, f"--area (now {settings.area})")
                 figures, body = eye.media(thing, settings)
             elif place is not None:
                 figures, body = _stored(*place, stem, tokenizer, device, progress)
@@ -112,7 +95,9 @@ def look(
         raise UnimodalError(f"none of {len(things)} could be shown; see above")
     lost = [h("p", f"Left out: {r['error']}", class_="reason") for r in records if "error" in r]
     with atomic(out / "index.html") as temporary:
-        temporary.write_text(_page([*sections, *lost]), encoding="utf-8", newline="\n")
+        temporary.write_text(
+            document("inspect", [*sections, *lost]), encoding="utf-8", newline="\n"
+        )
     return out / "index.html", records
 
 
@@ -136,7 +121,7 @@ def difference(original: np.ndarray, painted: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class _Eye:
+class Eye:
     """Encodes, paints and draws with one tokenizer; its files are `stem`.png and `stem`.mp4."""
 
     tokenizer: VisionTokenizer
@@ -147,13 +132,28 @@ class _Eye:
 
     def media(self, uri: str, settings: TokenizeSettings) -> tuple[Figures, Html]:
         """A picture, or a video from its beginning."""
-        book, factor = self.tokenizer.codebook_size, self.tokenizer.spatial_factor
-        vocabulary = Vocabulary.bytes(book)
-        row = _clip(uri, max(settings.seconds, PICTURES / settings.fps))
-        size = [row["width"], row["height"]]
+        row = clip_row(uri, settings)
+        size, book = [row["width"], row["height"]], self.tokenizer.codebook_size
+        found, originals, codes, painted = self.remade(row, settings)
+        figures: Figures = {"kind": row["kind"], "source_size": size}
+        if found[0].fps is not None:
+            figures |= {"windows": len(found), "fps": float(found[0].fps)}
+        tokens = sum(window.block_length(Vocabulary.bytes(book)) for window in found)
+        figures |= _counted(codes, book, tokens, painted) | fidelity(originals, painted)
+        return figures, self.show(codes, painted, originals, figures)
+
+    def remade(
+        self, row: Mapping[str, Any], settings: TokenizeSettings
+    ) -> tuple[list[Window], np.ndarray, np.ndarray, np.ndarray]:
+        """Of a row of clips.parquet: windows, pictures [F, H, W, 3], codes, and them painted.
+
+        Of a video one window, or `PICTURES`. Raises `MediaError`.
+        """
+        size, factor = (row["width"], row["height"]), self.tokenizer.spatial_factor
         try:
             if min(size) < factor:
                 raise MediaError(f"{size[0]}x{size[1]} is under {factor} pixels on one side")
+            vocabulary = Vocabulary.bytes(self.tokenizer.codebook_size)
             found = windows(row, settings, vocabulary, factor)
             most = max(PICTURES, found[0].pictures)
             found = [window for window in found if window.first + window.pictures <= most]
@@ -161,14 +161,8 @@ class _Eye:
             shown = video_pixels(found) if video else [image_pixels(found[0])[None]]
             originals, codes = self._encode(shown, TEMPORAL if video else 1, settings.batch)
         except MediaError as error:
-            raise MediaError(error.reason, uri) from error
-        painted = self.paint(codes, row["kind"] == "image")
-        figures: Figures = {"kind": row["kind"], "source_size": size}
-        if found[0].fps is not None:
-            figures |= {"windows": len(found), "fps": float(found[0].fps)}
-        tokens = sum(window.block_length(vocabulary) for window in found)
-        figures |= _counted(codes, book, tokens, painted) | _fidelity(originals, painted)
-        return figures, self.show(codes, painted, originals, figures)
+            raise MediaError(error.reason, row["uri"]) from error
+        return found, originals, codes, self.paint(codes, not video)
 
     def _encode(
         self, shown: Iterable[np.ndarray], group: int, batch: int
@@ -234,7 +228,7 @@ class _Eye:
         return h(
             "div",
             note,
-            h("div", (_figure(*panel) for panel in panels), class_="four"),
+            h("div", (figure(*panel) for panel in panels), class_="four"),
             _tiles(figures),
             h("h3", "In motion") if fps else None,
             _movie(self.stem, np.concatenate(rows, axis=2), fps) if fps else None,
@@ -265,7 +259,7 @@ def _stored(
         progress.note(said)
         return _overview(shards, None)
     joint = bool(shards.manifest["settings"].get("joint"))
-    eye = _Eye(trained, stem, progress, "the area that shards are made with", joint)
+    eye = Eye(trained, stem, progress, "the area that shards are made with", joint)
     if row is None:
         return _overview(shards, eye)
     told = shards.index.slice(row, 1).to_pylist()[0]
@@ -286,7 +280,7 @@ def _stored(
     return figures | {"captions": told["captions"]}, h("div", body)
 
 
-def _document(shards: Shards, row: int, told: Figures, eye: _Eye) -> tuple[Figures, Html]:
+def _document(shards: Shards, row: int, told: Figures, eye: Eye) -> tuple[Figures, Html]:
     """A sample of several pieces, in their order."""
     shown: list[Html] = []
     pictures: list[tuple[str, np.ndarray]] = []
@@ -301,7 +295,7 @@ def _document(shards: Shards, row: int, told: Figures, eye: _Eye) -> tuple[Figur
         image = segment.ndim == 2
         about = f"{_by(segment.shape)} codes"
         painted = eye.paint(segment[None] if image else segment[len(segment) // 2][None], image)
-        shown.append(_figure(f"{name}picture {len(pictures) + 1}", about, painted[0]))
+        shown.append(figure(f"{name}picture {len(pictures) + 1}", about, painted[0]))
         pictures.append((str(len(pictures) + 1), painted[0]))
         codes.append(segment.reshape(-1))
     if pictures:
@@ -317,7 +311,7 @@ def _document(shards: Shards, row: int, told: Figures, eye: _Eye) -> tuple[Figur
     return figures, h("div", shown, _tiles(figures), table(("Of the index", ""), rows))
 
 
-def _overview(shards: Shards, eye: _Eye | None) -> tuple[Figures, Html]:
+def _overview(shards: Shards, eye: Eye | None) -> tuple[Figures, Html]:
     """What a shard directory holds, from its index and a bounded number of its codes."""
     index, totals, files = shards.index, shards.manifest["totals"], shards.manifest["shards"]
     book = int(shards.manifest["vision_tokenizer"]["codebook_size"])
@@ -380,7 +374,7 @@ def _overview(shards: Shards, eye: _Eye | None) -> tuple[Figures, Html]:
     return figures, h("div", body, sheet)
 
 
-def _contact(shards: Shards, eye: _Eye) -> Html:
+def _contact(shards: Shards, eye: Eye) -> Html:
     """A few samples, evenly out of all; of a video the picture in its middle."""
     cards, pictures = [], []
     for row in _even(len(shards.index), SHEET):
@@ -395,7 +389,7 @@ def _contact(shards: Shards, eye: _Eye) -> Html:
         text = cut_off(told["captions"][0]["text"], 200) if told["captions"] else None
         words = [h("p", f"#{told['key']}", class_="name"), h("p", about, class_="span")]
         words += [h("p", text, class_="caption", dir="auto")] if text else []
-        shown = h("div", _image(picture, told["key"]), class_="picture")
+        shown = h("div", png(picture, told["key"]), class_="picture")
         cards.append(h("article", shown, h("div", words, class_="words"), class_="clip"))
         pictures.append((told["key"], picture))
     _sheet(eye.stem, pictures, 4)
@@ -421,25 +415,18 @@ def _place(thing: str) -> tuple[Path, str | None] | None:
     return (Path(thing), None) if Path(thing).is_dir() else None
 
 
-def _check_ours(out: Path) -> None:
-    """Raise `UnimodalError` if writing into `out` could overwrite something."""
-    page = out / "index.html"
-    ours = page.is_file() and OURS in page.read_text("utf-8", "replace")[:2000]
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not ours):
-        raise UnimodalError(f"{out} is there and holds no page of ours: choose another -o")
-
-
 def _load(name: str | Path, device: str) -> VisionTokenizer:
     from unimodal.tokenize.vision.tokenizer import VisionTokenizer as Trained
 
     return Trained.load(name, device)
 
 
-def _clip(uri: str, seconds: float) -> Figures:
-    """The row of clips.parquet for a whole picture, or for about `seconds` of a video."""
+def clip_row(uri: str, settings: TokenizeSettings) -> Figures:
+    """The row of clips.parquet for a whole picture, or for what is looked at of a video."""
     from unimodal.pipeline.fetch import local
     from unimodal.pipeline.media import open_video, probe, read_image
 
+    seconds = max(settings.seconds, PICTURES / settings.fps)
     row: Figures = dict.fromkeys(CLIPS.names) | {"uid": "this", "uri": uri}
     if probe(uri).kind == "image":
         height, width = read_image(uri).shape[:2]
@@ -486,7 +473,7 @@ def _used(codes: np.ndarray, book: int) -> Figures:
     return {"codebook": book, "distinct": round(used * book), "perplexity": perplexity}
 
 
-def _fidelity(originals: np.ndarray, painted: np.ndarray) -> Figures:
+def fidelity(originals: np.ndarray, painted: np.ndarray) -> Figures:
     """PSNR in dB and SSIM, means over the pictures; SSIM is None under its window's 11 pixels."""
     import torch
 
@@ -499,22 +486,6 @@ def _fidelity(originals: np.ndarray, painted: np.ndarray) -> Figures:
         alike.append(float(ssim(a, b)) if min(a.shape[2:]) >= 11 else math.nan)
     mean = None if math.isnan(alike[0]) else float(np.mean(alike))
     return {"psnr": float(np.mean(each)), "ssim": mean} | ({"psnr_each": each} if each[1:] else {})
-
-
-def _page(body: Sequence[Html]) -> str:
-    style = (Path(report.__file__).parent / "style.css").read_text("utf-8") + STYLE
-    policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
-    head = [
-        h("meta", charset="utf-8"),
-        h("meta", name="generator", content=OURS),
-        h("meta", http_equiv="Content-Security-Policy", content=policy),
-        h("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        h("title", OURS),
-        h("style", Html(style)),
-    ]
-    top = h("header", h("p", "unimodal", h("span", "inspect"), class_="brand"))
-    page = h("html", h("head", head), h("body", top, h("main", body)), lang="en")
-    return f"<!doctype html>\n{page}\n"
 
 
 def _heading(thing: str, figures: Figures) -> list[Html]:
@@ -567,22 +538,6 @@ def _tiles(figures: Figures) -> Html:
     return h("dl", parts, class_="tiles")
 
 
-def _figure(name: str, about: str, pixels: np.ndarray) -> Html:
-    return h("figure", _image(pixels, name), h("figcaption", h("b", name), about))
-
-
-def _image(pixels: np.ndarray, alt: str) -> Html:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    height, width = pixels.shape[:2]
-    source = _data("image/png", file.getvalue())
-    return h("img", src=source, width=width, height=height, alt=alt)
-
-
-def _data(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def _bars(each: Sequence[float]) -> Html:
     """PSNR of each picture."""
     low, high = math.floor(min(each)) - 1, math.ceil(max(each))
@@ -626,7 +581,7 @@ def _movie(stem: Path, pictures: np.ndarray, fps: float) -> Html:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     played = dict.fromkeys(("controls", "loop", "muted", "autoplay", "playsinline"), True)
-    return h("figure", h("video", src=_data("video/mp4", path.read_bytes()), **played))
+    return h("figure", h("video", src=data("video/mp4", path.read_bytes()), **played))
 
 
 def _name(thing: str) -> str:

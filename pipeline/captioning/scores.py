@@ -215,6 +215,11 @@ def naming(pairs: Sequence[Pair], forms: Mapping[str, str]) -> Named:
     return Named(right, n, right / n, low, high, chance)
 
 
+def named(text: str, forms: Mapping[str, str]) -> frozenset[str]:
+    """The words of a class that a text names."""
+    return _named(text, _pattern(forms), forms)
+
+
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's interval of a share, of 95 % by default (E. B. Wilson, JASA 1927)."""
     share = right / n

@@ -324,9 +324,15 @@ def images(run: Run) -> dict[str, Any]:
                 **matches(things, seen),
                 "another caption": matches(other, seen)["all"],
             }
-    shown = asked_pictures(run, "sweep", 8, True)[:8]
-    rows = [sampler.images([t.caption for t in shown], guidance=s, seed=1) for s in SCALES]
-    run.keep("sweep", drawn=np.array(rows)[:, :, 0], captions=np.array([t.caption for t in shown]))
+    shown = [
+        *asked_pictures(run, "sweep", 5, False)[:5],
+        *asked_pictures(run, "sweep", 3, True)[:3],
+    ]
+    told = [one.caption for one in shown]
+    rows = [sampler.images(told, guidance=scale, seed=1) for scale in SCALES]
+    names = [name for name, many in (("seen", 5), ("unseen", 3)) for _ in range(many)]
+    labels = [f"{one}\n\n({name})" for one, name in zip(told, names, strict=True)]
+    run.keep("sweep", drawn=np.array(rows)[:, :, 0], captions=np.array(labels))
     return found
 
 
@@ -457,7 +463,7 @@ EDITING = ((1.0, 1.0), (1.0, 2.0), (1.5, 2.0), (1.5, 3.0))
 """(image guidance, guidance); the first is none at all."""
 
 
-SHOWN = "1.5-2"
+SHOWN = "1-2"
 """Of these, what the page shows."""
 
 

@@ -36,7 +36,7 @@ def write(kept: Path, out: Path, scales: Sequence[float], editing: str) -> list[
             out / name, optimize=True
         )
         made.append(out / name)
-    if (kept / "videos-unseen.npz").exists():
+    if (kept / "videos-seen.npz").exists():
         frames = animation(kept)
         path = out / "shapes-video.webp"
         more = {"save_all": True, "append_images": frames[1:], "duration": 125, "loop": 0}
@@ -99,17 +99,20 @@ def sweep(kept: Path, scales: Sequence[float]) -> Image.Image:
 
 
 def strips(kept: Path) -> Image.Image:
-    """A clip of each motion, one frame of each four."""
-    with np.load(kept / "videos-unseen.npz") as data:
-        drawn, captions = data["drawn"], data["captions"]
+    """A clip of each motion, one frame of each four: of seen combinations, and of unseen ones."""
     places = [1, 5, 9, 13]
-    rows = [[str(captions[i]), *drawn[i][places]] for i in range(6)]
-    return grid(rows, ["", *(f"frame {place}" for place in places)])
+    halves = []
+    for name in ("seen", "unseen"):
+        with np.load(kept / f"videos-{name}.npz") as data:
+            drawn, captions = data["drawn"], data["captions"]
+        halves.append([[f"{captions[i]}\n\n({name})", *drawn[i][places]] for i in range(6)])
+    rows = [[*left, *right] for left, right in zip(*halves, strict=True)]
+    return grid(rows, ["", *(f"frame {place}" for place in places)] * 2)
 
 
 def animation(kept: Path) -> list[Image.Image]:
-    """Twelve clips side by side with their captions, frame by frame."""
-    with np.load(kept / "videos-unseen.npz") as data:
+    """Twelve clips of seen combinations side by side with their captions, frame by frame."""
+    with np.load(kept / "videos-seen.npz") as data:
         drawn, captions = data["drawn"][:12], data["captions"][:12]
     font = ImageFont.load_default(11)
     cell, high = 64 * SCALE, 64 * SCALE + 2 * LINE + 4
@@ -128,7 +131,7 @@ def animation(kept: Path) -> list[Image.Image]:
 
 def continuation(kept: Path) -> Image.Image:
     """Frames that were given, frames that the model added, and what was there."""
-    with np.load(kept / "continuation-unseen.npz") as data:
+    with np.load(kept / "continuation-seen.npz") as data:
         drawn, real, captions = data["drawn"], data["real"], data["captions"]
     given, new = [1, 5], [9, 13]
     heads = ["(was not told)", *(f"given {i}" for i in given), *(f"new {i}" for i in new)]
@@ -137,11 +140,13 @@ def continuation(kept: Path) -> Image.Image:
 
 
 def edits(kept: Path, editing: str) -> Image.Image:
-    """Sources, what was told, results; twice side by side."""
-    with np.load(kept / f"edits-unseen-{editing}.npz") as data:
-        sources, drawn, told = data["sources"], data["drawn"], data["told"]
-    every = [[sources[i], str(told[i]), drawn[i]] for i in range(12)]
-    rows = [[*left, *right] for left, right in zip(every[::2], every[1::2], strict=True)]
+    """Sources, what was told, results: of seen combinations, and of unseen ones."""
+    halves = []
+    for name in ("seen", "unseen"):
+        with np.load(kept / f"edits-{name}-{editing}.npz") as data:
+            sources, drawn, told = data["sources"], data["drawn"], data["told"]
+        halves.append([[sources[i], f"{told[i]}\n\n({name})", drawn[i]] for i in range(8)])
+    rows = [[*left, *right] for left, right in zip(*halves, strict=True)]
     return grid(rows, ["source", "told", "result"] * 2)
 
 

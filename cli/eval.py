@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SHOWN = 48
 """Things on a page; the JSON has all."""
 
+SHARE = ("right", "n", "share", "low", "high")
+
 app = typer.Typer(
     help="Measure reconstruction, generation and understanding.", no_args_is_help=True
 )
@@ -25,7 +27,6 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for index.html an
 Checkpoint = Annotated[
     str, typer.Argument(metavar="CKPT", help="Checkpoint, a directory of Emu3, or '-'.")
 ]
-Area = Annotated[int | None, typer.Option("--area", help="Pixels of a picture.")]
 Inception = Annotated[
     str | None, typer.Option("--inception", metavar="FILE", help="torch-fidelity's, for FID.")
 ]
@@ -49,9 +50,7 @@ def reconstruction(
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", help="small, small-16k, a directory or a checkpoint.")
     ] = "small",
-    area: Area = None,
-    fps: Annotated[float | None, typer.Option("--fps", help="Pictures a second of video.")] = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", help="Of a window.")] = None,
+    sets: options.Sets = None,
     lpips: Annotated[
         str | None, typer.Option("--lpips", metavar="PATH", help="VGG16 and heads, for LPIPS.")
     ] = None,
@@ -64,18 +63,22 @@ def reconstruction(
 ) -> None:
     """What a vision tokenizer keeps: PSNR, SSIM, codebook; LPIPS and rFID where weights are given.
 
-    Against the originals at the size that is encoded; of a video one window or 48 pictures.
+    Against the originals at the size that is encoded; of a video one window or 48 pictures. --set
+    area, fps and seconds mean what they do to unimodal tokenize.
     """
     from unimodal.cli import console
     from unimodal.pipeline.report.sheet import check_ours, figure
     from unimodal.pipeline.scorers import frechet
+    from unimodal.pipeline.settings import build
     from unimodal.tokenize.device import usable
     from unimodal.tokenize.fidelity import Fidelity, remade
     from unimodal.tokenize.look import AMPLIFIED, difference
+    from unimodal.tokenize.plan import TokenizeSettings
     from unimodal.tokenize.vision.perceptual import load_lpips
     from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 
     check_ours(out, "eval")
+    settings = build(TokenizeSettings, sets=sets or [])
     things, where = [console.from_stdin(thing) for thing in things], usable(device)
     inside = Path(tokenizer) / "vision_tokenizer"
     loaded = VisionTokenizer.load(inside if inside.is_dir() else tokenizer, where)
@@ -84,7 +87,6 @@ def reconstruction(
         load_lpips(lpips).to(where) if lpips else None,
         frechet.load(inception, where) if inception else None,
     )
-    settings = _settings(area=area, fps=fps, seconds=seconds)
     shown: list[Html] = []
     for one in remade(things, settings, loaded, limit, console.progress(quiet)):
         told = figures.measure(one)
@@ -97,7 +99,11 @@ def reconstruction(
             shown += [figure(one.name, "as it is encoded", a), figure("Reconstruction", about, b)]
             shown += [figure("Difference", apart, difference(a, b)), _gap()]
     totals = figures.totals()
-    record = {"what": "reconstruction", "tokenizer": tokenizer, "digest": loaded.digest}
+    record: dict[str, Any] = {
+        "what": "reconstruction",
+        "tokenizer": tokenizer,
+        "digest": loaded.digest,
+    }
     record |= {"settings": settings.model_dump(), **totals, "each": figures.each}
     _finish(out, record, totals, shown, json, quiet)
 
@@ -171,7 +177,7 @@ def generation(
     drawn = sampler.images(asked, n=number, guidance=guidance, seed=seed, progress=progress)
     flat = [picture for some in drawn for picture in some]
     totals: dict[str, Any] = {"prompts": len(asked), "pictures": len(flat)}
-    each = [{"prompt": prompt} for prompt in asked for _ in range(number)]
+    each: list[dict[str, Any]] = [{"prompt": prompt} for prompt in asked for _ in range(number)]
     if clipped is not None:
         scores = clip_scores(clipped, [one["prompt"] for one in each], flat)
         totals["clip_score"] = sum(scores) / len(scores)
@@ -229,7 +235,8 @@ def understanding(
     sampler = Sampler.load(console.from_stdin(checkpoint), usable(device))
     asked = shown_in(thing, sampler, limit)
     totals, said = described(sampler, asked, classes, max_tokens, seed, progress)
-    each, shown = [], []
+    each: list[dict[str, Any]] = []
+    shown: list[Html] = []
     for one, text in zip(asked, said, strict=True):
         each.append({"key": one.key, "asked": one.asked, "said": text, "people": one.references})
         if len(shown) < SHOWN and one.media:
@@ -240,16 +247,13 @@ def understanding(
             picture = codes if codes.ndim == 3 else codes[len(codes) // 2]
             about = [f"people: {' / '.join(one.references)}", *one.asked[-1:]]
             shown.append(figure(text or "(nothing)", "; ".join(about), picture))
-    record = {"what": "understanding", "checkpoint": checkpoint, "weights": sampler.digest}
+    record: dict[str, Any] = {
+        "what": "understanding",
+        "checkpoint": checkpoint,
+        "weights": sampler.digest,
+    }
     record |= {"of": thing, "seed": seed, **totals, "each": each}
     _finish(out, record, totals, shown, json, quiet)
-
-
-def _settings(**given: Any) -> Any:
-    from unimodal.pipeline.settings import build
-    from unimodal.tokenize.plan import TokenizeSettings
-
-    return build(TokenizeSettings, {k: v for k, v in given.items() if v is not None})
 
 
 def _about(one: dict[str, Any]) -> list[str]:
@@ -264,11 +268,15 @@ def _gap() -> Html:
 
 
 def _rows(figures: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    """Nested figures, flat: ("image psnr", 24.1)."""
+    """Nested figures, flat: ("image psnr", 24.1); how often something was right is one line."""
     found: list[tuple[str, Any]] = []
     for name, value in figures.items():
         told = f"{before}{name}".replace("_", " ")
         if isinstance(value, dict):
+            if value.get("share") is not None:
+                often = "{right:,} of {n:,}: {share:.3f} ({low:.3f} to {high:.3f})"
+                found.append((told, often.format_map(value)))
+                value = {name: value[name] for name in value if name not in SHARE}
             found += _rows(value, f"{told} ")
         elif value is not None:
             found.append((told, value))
@@ -291,11 +299,14 @@ def _finish(
     from unimodal.pipeline.report.words import table
 
     rows = _rows(totals)
-    written = [(name, f"{v:.4g}" if isinstance(v, float) else f"{v:,}") for name, v in rows]
+    told = [
+        (name, f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if v != str(v) else v)
+        for name, v in rows
+    ]
     body = [
         h("h1", record["what"].capitalize()),
         h("p", record.get("checkpoint") or record.get("tokenizer"), class_="from"),
-        table(("Figure", ""), written),
+        table(("Figure", ""), told),
         h("div", shown, class_="four"),
     ]
     files = {

@@ -43,7 +43,7 @@ from unimodal.tokenize.shards import Shards
 
 LEAST = 20
 """Labelled pictures that a classifier is taught with."""
-SIDE, STEPS, BATCH = 32, 400, 64
+SIDE, STEPS, BATCH = 32, 400, 32
 HELD = 5
 """Of so many labelled pictures one is kept back, to tell how good the classifier is."""
 
@@ -150,7 +150,7 @@ def taught(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for into, out in ((3, 32), (32, 64), (64, 64)):
+        for into, out in ((3, 16), (16, 32), (32, 64)):
             layers += [nn.Conv2d(into, out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         net = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.5), nn.Linear(SIDE * SIDE, kinds))
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3)

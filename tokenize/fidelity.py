@@ -55,13 +55,10 @@ def remade(
     What cannot be read is noted and left out. Raises `UnimodalError` if nothing could be.
     """
     progress = progress or Progress()
-    eye = Eye(tokenizer, Path(), progress, f"--area (now {settings.area})")
+    eye = Eye(tokenizer, Path(), progress, f"area (now {settings.area})")
     runs = [thing for thing in things if (Path(thing) / "clips.parquet").exists()]
     rows = [
-        row
-        for run in runs
-        for row in Run.open(run).clips.drop_columns(["embedding"]).to_pylist()
-        if row["verdict"] == "keep"
+        row for run in runs for row in Run.open(run).clips.to_pylist() if row["verdict"] == "keep"
     ]
     media = [thing for thing in things if thing not in runs]
     rows += [source.uri for source in list_sources(media)] if media else []

@@ -154,11 +154,10 @@ def scores(pairs: Sequence[Pair], language: str) -> dict[str, float | None]:
 
 def words(text: str, language: str) -> str:
     """A caption's words, small and without punctuation, with a space between each two."""
-    if _chinese(language):
-        from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh as Tokenizer
-    else:
-        from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a as Tokenizer
-    split = Tokenizer()(text.lower()).split()
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+    from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
+
+    split = (TokenizerZh() if _chinese(language) else Tokenizer13a())(text.lower()).split()
     return " ".join(word for word in split if any(c.isalnum() for c in word))
 
 

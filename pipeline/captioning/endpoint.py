@@ -51,6 +51,8 @@ class Endpoint:
         self._url = settings.url.rstrip("/") + "/chat/completions"
         self._key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
         self._found: queue.Queue[tuple[str, Answer | Failure] | BaseException] = queue.Queue()
+        self._failed: dict[str, float] = {}
+        """When each request that is under way failed last."""
         self._heard = time.monotonic()  # of the last sign of life
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -115,6 +117,8 @@ class Endpoint:
             raise
         except BaseException as error:
             self._found.put(error)
+        finally:
+            self._failed.pop(ask.key, None)
 
     async def _tried(self, ask: Ask) -> Answer | Failure:
         """An answer, however often it takes; raises `UnimodalError` if the server is gone."""
@@ -125,8 +129,11 @@ class Endpoint:
                 return await self._post(body, repeats)
             except _Passing as error:
                 why, status, away, wait = str(error), error.status, error.away, error.wait_s
-            # Others are answered, so it is this request; if nobody is, it is the server.
-            alone = self._heard > since
+            # Others are answered, so it is this request; if nobody is, it is the server. What was
+            # under way when a server went away fails beside others, and is not held against it.
+            self._failed[ask.key] = time.monotonic()
+            others = (at for key, at in self._failed.items() if key != ask.key)
+            alone = self._heard > since and not any(at > self._heard for at in others)
             if repeats >= self._settings.retries and (alone or not away):
                 return Failure(status, why, repeats)
             if time.monotonic() - max(since, self._heard) > self._settings.patience_s and away:

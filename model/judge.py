@@ -206,12 +206,14 @@ def shown_in(thing: str, sampler: Sampler, limit: int | None = None) -> list[Sho
         kept = run.clips.select(["uid", "part", "verdict", "captions"]).to_pylist()
         texts = {r["uid"]: people(r["captions"]) for r in kept if r["verdict"] == "keep"}
         for part in sorted({row["part"] for row in kept}):
+            if len(found) == limit:
+                break
             for clip in read_clips(run.path / run.info["stages"]["watch"], part):
+                if len(found) == limit:
+                    break
                 if said := texts.get(uid := clip.row["uid"]):
                     frames = [one.bgr()[..., ::-1] for one in clip.samples if one.keyframe]
                     found.append(Shown(uid, [media(frames, sampler.seen)], tuple(said)))
-                if len(found) == limit:
-                    break
     else:
         shards = Shards.open(folder)
         theirs, ours = (shards.manifest["vision_tokenizer"]["digest"], sampler.tokenizer.digest)  # type: ignore[attr-defined]

@@ -174,6 +174,8 @@ def _tars(
     made: dict[str, Any] = {}
     with suppress(OSError, ValueError):  # none yet, or damaged: all tars are made again
         made = json.loads(listed.read_text())
+    if not isinstance(made, dict) or not all(isinstance(one, dict) for one in made.values()):
+        made = {}
     parts = sorted(set(chosen.column("part").to_pylist()))
     for part in {*parts, *made}:
         if not re.fullmatch("[0-9a-f]{16}", part):  # it becomes a file's name

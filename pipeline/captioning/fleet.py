@@ -159,7 +159,10 @@ class Process:
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:  # it died in the middle of a line
+                break
             if "gone" in event:
                 self._ended = True
                 self._tell(event["gone"])

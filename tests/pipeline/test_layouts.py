@@ -282,6 +282,10 @@ def test_tars_that_are_done_are_kept_and_the_rest_is_made(
     before = _bytes(out)
     same = export_dataset(run, out, "webdataset")
     assert (same.written, same.kept) == (0, first.written) and _bytes(out) == before
+    for damaged in ("[]", '{"0123456789abcdef": 3}', "{"):
+        (out / "tars.json").write_text(damaged)
+        assert export_dataset(run, out, "webdataset").written == first.written
+        assert {n: v[0] for n, v in _bytes(out).items()} == {n: v[0] for n, v in before.items()}
 
     (lost, *_) = sorted(out.glob("*.tar"))
     lost.unlink()

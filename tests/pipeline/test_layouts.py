@@ -285,7 +285,9 @@ def test_tars_that_are_done_are_kept_and_the_rest_is_made(
     for damaged in ("[]", '{"0123456789abcdef": 3}', "{"):
         (out / "tars.json").write_text(damaged)
         assert export_dataset(run, out, "webdataset").written == first.written
-        assert {n: v[0] for n, v in _bytes(out).items()} == {n: v[0] for n, v in before.items()}
+        assert _bytes(out).keys() == before.keys()
+        assert _bytes(out)["tars.json"][0] == before["tars.json"][0]
+    before = _bytes(out)
 
     (lost, *_) = sorted(out.glob("*.tar"))
     lost.unlink()

@@ -51,8 +51,8 @@ PLACES = {
 """(x, y) of the centre."""
 LATTICE = 8
 """Centres, and the starts of clips, are multiples of it: a side of a code. Where shapes may stand
-at any pixel, the same shape has 64 different sets of codes, and a decoder that trains for half an
-hour on one core learns colours, but neither shapes nor motions (shape: chance)."""
+at any pixel, the same shape has 64 different sets of codes, and a decoder of width 192 that trained
+for half an hour on one core learned colours, but neither shapes nor motions (shape: chance)."""
 MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks")
 SPEED = 2.0
 """Pixels per frame; what grows or shrinks gains or loses half as many."""

@@ -261,7 +261,10 @@ def _mp4(pixels: np.ndarray, fps: float, comment: str) -> bytes:
         container.metadata["comment"] = comment
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = pixels.shape[1:3]
-        stream.pix_fmt, stream.options = "yuv420p", {"crf": "14"}
+        # x264's macroblock tree reads unwritten memory where pictures are small: now and then the
+        # same frames came out in other bytes.
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "14", "x264-params": "mbtree=0"}
         for frame in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from unimodal.model.choice import Choice, Noise, largest
+from unimodal.model.choice import Choice, Noise, candidates
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -92,20 +92,36 @@ def test_the_smallest_and_the_largest_noise_are_finite_chances() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 16, 64, 500])
-def test_the_largest_by_a_bound_are_those_of_topk(k: int) -> None:
+def test_candidates_by_a_bound_hold_those_of_topk(k: int) -> None:
     """Whether the bound of every eighth column is right, too high or of no use."""
     logits = torch.randn(3, 4096, generator=torch.Generator().manual_seed(0))
     skewed = logits.clone()
     skewed[:, ::8] += 9  # every eighth column is larger than all others
     few = torch.full((2, 4096), -torch.inf)
     few[:, 3:9] = torch.arange(6.0)
-    for rows in (logits, skewed, few[:, :5]):
+    for rows in (logits, skewed, few, few[:, :5]):
         least = min(k, rows.shape[-1])
         expected = rows.topk(least, dim=-1)
-        kept, columns = largest(rows, least, ordered=True)
-        assert torch.equal(kept, expected.values) and torch.equal(columns, expected.indices)
-        loose, columns = largest(rows, least, ordered=False)
-        assert torch.equal(loose.sort(descending=True).values, expected.values)
-        assert torch.equal(rows.gather(-1, columns), loose)
-    kept, _ = largest(few, 5, ordered=True)
-    assert kept.tolist() == [[5, 4, 3, 2, 1]] * 2
+        kept, columns = candidates(rows, least)
+        assert kept.shape[-1] < rows.shape[-1] or rows is not logits
+        found = kept.topk(least, dim=-1)
+        assert torch.equal(found.values, expected.values)
+        real = kept > -torch.inf
+        assert torch.equal(rows.gather(-1, columns)[real], kept[real])
+        for columns_of, inside in zip(columns, real, strict=True):
+            assert len(columns_of[inside].unique()) == inside.sum()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_a_draw_falls_as_one_among_all_of_the_k_largest(k: int, top_p: float) -> None:
+    """Candidates that are none of the k never win, even where noise favours them."""
+    rows = 0.01 * torch.randn(16, 4096, generator=torch.Generator().manual_seed(1))
+    noise = Noise(0, [(i,) for i in range(16)])
+    most, columns = rows.topk(k, dim=-1)
+    p = most.softmax(-1)
+    most = most.masked_fill((p.cumsum(-1) - p) >= top_p, -torch.inf)
+    for step in range(64):
+        drawn = Choice(top_k=k, top_p=top_p).pick(rows, lambda at: noise.exponential(step, at))  # noqa: B023
+        best = (most - noise.exponential(step, columns).log()).argmax(-1, keepdim=True)
+        assert torch.equal(drawn, columns.gather(-1, best)[:, 0])

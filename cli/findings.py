@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from unimodal.cli import machine
 from unimodal.cli.machine import Seen
+from unimodal.pipeline.processors import usable_processors
 
 GIB = 1 << 30
 
@@ -109,8 +110,8 @@ def examine(deep: bool, preset: str, sets: Sequence[str], seconds: float) -> lis
         ray(seen["ray"], seen.get("ray start")),
         vllm(machine.requirements(), seen["torch"].version, bool(smi.result()), seen.get("vllm")),
         *extras(),
-        processors(os.cpu_count() or 1, machine.usable_processors()),
-        memory(*machine.available_memory(), machine.usable_processors()),
+        processors(os.cpu_count() or 1, usable_processors()),
+        memory(*machine.available_memory(), usable_processors()),
         disk("disk", here, machine.free(here), os.access(here, os.W_OK), road=True),
         disk("temporary files", temporary, machine.free(temporary), os.access(temporary, os.W_OK)),
         disk("cache", cache, machine.free(cache), os.access(machine.existing(cache), os.W_OK)),
@@ -326,13 +327,9 @@ def extras() -> list[Finding]:
 
 
 def processors(seen: int, usable: float) -> Finding:
-    """How many Python sees, and how many a container or an affinity mask leaves."""
-    if usable < seen:
-        said = f"{seen} seen, {usable:g} usable: as many workers as seen would crowd them"
-        return Finding(
-            "processors", "limits", said, f"unimodal curate … --workers {max(1, int(usable))}"
-        )
-    return Finding("processors", "works", f"{seen}")
+    """How many there are, and how many a container or an affinity mask leaves."""
+    said = f"{usable:g} of {seen} are left to this process" if usable < seen else f"{seen}"
+    return Finding("processors", "works", said)
 
 
 def memory(total: int, free: int, usable: float) -> Finding:

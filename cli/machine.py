@@ -207,18 +207,6 @@ def nvidia_smi() -> list[str]:
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
-def usable_processors(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Processors that the affinity mask and the control group leave."""
-    usable = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    for quota, period in (
-        (_words(root / "cpu.max")[:1], _words(root / "cpu.max")[1:2]),
-        (_words(root / "cpu/cpu.cfs_quota_us"), _words(root / "cpu/cpu.cfs_period_us")),
-    ):
-        if quota and period and quota[0].isdigit() and period[0].isdigit():
-            usable = min(usable, int(quota[0]) / int(period[0]))
-    return usable
-
-
 def available_memory(
     root: Path = Path("/sys/fs/cgroup"), info: Path = Path("/proc/meminfo")
 ) -> tuple[int, int]:

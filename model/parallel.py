@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from unimodal.model.attention import Share
 from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.processors import processors
 from unimodal.pipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -461,7 +462,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, processors() // processes)
     common = {
         "OMP_NUM_THREADS": str(threads),
         **os.environ,

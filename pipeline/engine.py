@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.processors import processors
 from unimodal.pipeline.supervise import Patience, Supervised
 from unimodal.pipeline.tell import Tell
 from unimodal.pipeline.worker import Job, do
@@ -54,7 +55,7 @@ def run_jobs(
         for job in jobs:
             do(job, tell)
     elif engine == "local":
-        _local(jobs, tell, patience, workers or os.cpu_count() or 1)
+        _local(jobs, tell, patience, workers or processors())
     else:
         _ray(jobs, tell, patience, workers, address)
 
@@ -88,7 +89,7 @@ def _pool(
         waiting.put(job)
     workers = min(workers, len(jobs))
     # With fewer parts than processors, as for one long video, each decoder takes several.
-    threads = max(1, (os.cpu_count() or 1) // max(1, workers))
+    threads = max(1, processors() // max(1, workers))
     failures: list[BaseException] = []
     crew = [Supervised(patience, gpu=gpus[i] if gpus else None) for i in range(workers)]
 

@@ -6,7 +6,6 @@ The lengths of a few sources are read from their headers, never decoded; the res
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from unimodal.pipeline.errors import MediaError
 from unimodal.pipeline.inputs import Source
 from unimodal.pipeline.parts import plan, read_parts
 from unimodal.pipeline.presets import CurateSettings
+from unimodal.pipeline.processors import processors
 from unimodal.pipeline.stage import PartFiles
 from unimodal.pipeline.stages import part_stages
 
@@ -107,4 +107,4 @@ def _probe(source: Source, limits: Limits) -> Probe | None:
 
 def wall_s(found: Forecast, workers: int | None) -> float:
     """Seconds that it takes with so many processes (default: one per processor)."""
-    return found.cpu_s / max(1, min(workers or os.cpu_count() or 1, found.parts))
+    return found.cpu_s / max(1, min(workers or processors(), found.parts))

@@ -29,6 +29,7 @@ from pathlib import Path
 from unimodal.pipeline import fetch, remote, tables, tars
 from unimodal.pipeline.caption import Given, from_row, read_text
 from unimodal.pipeline.errors import MediaError, UsageError
+from unimodal.pipeline.processors import processors
 
 MEDIA_SUFFIXES = frozenset(
     f".{suffix}"
@@ -112,7 +113,7 @@ def list_inputs(
     if not sources:
         raise UsageError(f"{', '.join(map(str, inputs))}: no images or videos in any tar of it")
     if verify:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(processors()) as pool:
             digests = pool.map(_digest, sources)
             sources = [replace(s, sha256=d) for s, d in zip(sources, digests, strict=True)]
     sources = _collapse(sources, known)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from unimodal.pipeline.errors import MediaError, UnimodalError, full_disk, reason
+from unimodal.pipeline.processors import processors
 from unimodal.pipeline.tell import Tell
 from unimodal.pipeline.worker import Job, Step
 from unimodal.tokenize.assemble import STAGE, documents
@@ -146,7 +146,7 @@ def do_unit(job: Job, step: Step, poison: Mapping[str, str], tell: Tell) -> None
     with _alive(tell):
         import torch
 
-    threads = job.threads or os.cpu_count() or 1
+    threads = job.threads or processors()
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # of each that encodes: see `Work.encode`
     try:

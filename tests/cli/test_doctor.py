@@ -15,6 +15,7 @@ import pytest
 from unimodal.cli import findings, machine
 from unimodal.cli.findings import GIB, Finding, bad
 from unimodal.cli.machine import Seen, look
+from unimodal.pipeline.processors import usable_processors
 
 Stub = Callable[..., Path]
 
@@ -258,17 +259,17 @@ def test_limits_of_a_container_are_seen(tmp_path: Path) -> None:
     seen = len(os.sched_getaffinity(0))
     new, old, info = tmp_path / "new", tmp_path / "old", tmp_path / "meminfo"
     info.write_text("MemTotal: 16777216 kB\nMemFree: 1 kB\nMemAvailable: 8388608 kB\n")
-    assert machine.usable_processors(tmp_path) == seen
+    assert usable_processors(tmp_path) == seen
     assert machine.available_memory(tmp_path, info) == (16 * GIB, 8 * GIB)
     new.mkdir()
     (new / "cpu.max").write_text("50000 100000\n")
     (new / "memory.max").write_text(f"{2 * GIB}\n")
     (new / "memory.current").write_text(f"{GIB + GIB // 2}\n")
-    assert machine.usable_processors(new) == 0.5
+    assert usable_processors(new) == 0.5
     assert machine.available_memory(new, info) == (2 * GIB, GIB // 2)
     (new / "cpu.max").write_text("max 100000\n")
     (new / "memory.max").write_text("max\n")
-    assert machine.usable_processors(new) == seen
+    assert usable_processors(new) == seen
     assert machine.available_memory(new, info) == (16 * GIB, 8 * GIB)
     for name, text in (
         ("cpu/cpu.cfs_quota_us", "25000"),
@@ -278,7 +279,7 @@ def test_limits_of_a_container_are_seen(tmp_path: Path) -> None:
     ):
         (old / name).parent.mkdir(parents=True, exist_ok=True)
         (old / name).write_text(text)
-    assert machine.usable_processors(old) == 0.25
+    assert usable_processors(old) == 0.25
     assert machine.available_memory(old, info) == (4 * GIB, 3 * GIB)
 
 
@@ -294,7 +295,7 @@ def test_limits_of_a_container_are_seen(tmp_path: Path) -> None:
         (findings.memory(8 * GIB, 6 * GIB, 64), "limits", "--workers 12"),
         (findings.memory(8 * GIB, GIB // 2, 1), "broken", "free -h"),
         (findings.processors(64, 64.0), "works", ""),
-        (findings.processors(64, 3.5), "limits", "--workers 3"),
+        (findings.processors(64, 3.5), "works", ""),
         (findings.shared_memory(64 << 20, 64 << 20), "limits", "--shm-size=8g"),
         (findings.shared_memory(8 * GIB, 8 * GIB), "works", ""),
         (findings.shared_memory(0, 0), "absent", ""),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tarfile
@@ -426,7 +425,7 @@ def test_pictures_are_decoded_while_others_are_encoded_and_not_without_bound(
         return type(block_mean).encode(block_mean, pixels)
 
     monkeypatch.setattr(unit, "image_pixels", reading)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(unit, "processors", lambda: 2)
     block_mean.encode = encode
     one = SMALL.model_copy(update={"shard_size": 100})
     run = run_directory(tmp_path / "run", rows)

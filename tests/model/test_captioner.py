@@ -321,11 +321,12 @@ def test_a_model_trained_here_describes_new_pictures_right_through_vllm(tmp_path
     figures = json.loads((tmp_path / "figures.json").read_text())
     codes = figures.pop("codes")
     assert {kind: one["n"] for kind, one in figures.items()} == dict.fromkeys(KINDS, 100)
-    assert figures["seen"]["both"] >= 80 and figures["combination"]["both"] >= 60
-    # Chance is 4 %; a pair that was never together is seen, if not as it should be.
+    assert figures["seen"]["both"] >= 80 and figures["pair"]["both"] >= 60
+    # By chance one shape of the five that training had in a colour is right, and one colour of 16:
+    # three deviations of 100 pictures.
+    shape, colour = (100 * p + 3 * (100 * p * (1 - p)) ** 0.5 for p in (1 / 5, 1 / 16))
+    assert codes["as they are"]["shape"] >= 80 and codes["in another order"]["shape"] <= shape
     other = codes["of another picture"]
-    assert other["both"] <= 12 and other["colour"] <= 30 and other["shape"] <= 40
-    assert codes["in another order"]["exact"] <= 50 < codes["as they are"]["exact"]
-    assert figures["pair"]["colour"] >= 60
+    assert other["shape"] <= shape and other["colour"] <= colour
     # What the commands print is the run's path alone, whatever vLLM has to say.
     assert done.stdout.decode().splitlines().count(str(tmp_path / "run")) == 2

@@ -163,14 +163,15 @@ def table(title: str, rows: Sequence[tuple[str, Any]], quiet: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(
-        title=Text(title), title_justify="left", show_header=False, box=None, pad_edge=False
-    )
+    drawn = Table(show_header=False, box=None, pad_edge=False)
     drawn.add_column(style="dim")
     drawn.add_column()
     for name, value in rows:
         drawn.add_row(Text(str(name)), Text(_number(value)))
-    Console(stderr=True).print(drawn)
+    console = Console(stderr=True)
+    # Not as the table's own title, which a narrow table breaks in the middle of a path.
+    console.print(Text(title, style="table.title"), soft_wrap=True)
+    console.print(drawn)
 
 
 def _number(value: Any) -> str:

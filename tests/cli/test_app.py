@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from unimodal.cli import console
 from unimodal.cli.app import main
 
 HEAVY = ["torch", "numpy", "pydantic", "webdataset", "pyarrow", "ray", "av", "cv2", "PIL"]
@@ -97,3 +98,9 @@ def test_ctrl_c_says_what_is_kept() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.startswith("unimodal: interrupted; what is finished is kept")
+
+
+def test_a_title_longer_than_its_table_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table("clips in " + "a_long_folder/" * 12, [("kept", 5)], quiet=False)
+    lines = [line.rstrip() for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["clips in " + "a_long_folder/" * 12, "kept  5"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -15,6 +14,9 @@ from unimodal.pipeline.scorers.weights import fingerprint
 from unimodal.pipeline.settings import Settings
 
 Source = Literal["sidecar", "endpoint", "vllm", "checkpoint"]
+
+ENGINE = ("dtype", "quantization", "revision", "hf_overrides", "mm_processor_kwargs")
+"""Of `caption.engine`, what a model's words depend on; memory and batches are none of it."""
 
 
 class CaptionSettings(Settings):
@@ -153,20 +155,23 @@ class CaptionSettings(Settings):
         )
         values = {name: getattr(self, name) for name in names}
         values |= {"format": self.form, "temperature": self.warmth(0)}
+        values |= {name: self.engine[name] for name in ENGINE if name in self.engine}
         text = json.dumps([values, prompt_hash, weights_in(self.model)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def weights_in(model: str) -> list[tuple[str, int | str]]:
-    """Names and sizes of the files of a model that is a folder here; others go by their name.
+def weights_in(model: str) -> list[tuple[str, str]]:
+    """Names and fingerprints of the files of a model that is a folder here; others go by their
+    name.
 
-    A checkpoint of ours goes by what the weights of its newest step hold: further training leaves
-    their size as it is, and files beside the steps change with every use.
+    Of a checkpoint of ours the weights of its newest step: files beside the steps change with
+    every use.
     """
     folder = Path(model)
     if not model or not folder.is_dir():
         return []
     if (newest := folder / "latest").is_file():
-        files = sorted((folder / newest.read_text().strip()).glob("model*.safetensors"))
-        return [(file.name, fingerprint(str(file))) for file in files]
-    return sorted((e.name, e.stat().st_size) for e in os.scandir(folder) if e.is_file())
+        files = (folder / newest.read_text().strip()).glob("model*.safetensors")
+    else:
+        files = (file for file in folder.iterdir() if file.is_file())
+    return [(file.name, fingerprint(str(file))) for file in sorted(files)]

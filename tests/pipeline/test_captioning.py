@@ -354,6 +354,21 @@ def test_the_folder_covers_what_words_depend_on_and_not_where_they_come_from() -
     assert len({base, *found, describe_stage(SETTINGS, "l").folder}) == len(others) + 2
 
 
+def test_a_model_that_is_tuned_in_place_is_another_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(1000))
+    settings = CaptionSettings(source="vllm", model=str(tmp_path))
+
+    def folder(**engine: Any) -> str:
+        return describe_stage(settings.model_copy(update={"engine": engine}), "k").folder
+
+    before = folder()
+    assert folder(max_num_seqs=3) == before != folder(dtype="float16")
+    weights.write_bytes(b"1" + bytes(999))
+    assert folder() != before
+
+
 @pytest.mark.parametrize(
     ("said", "names"),
     [

@@ -104,8 +104,10 @@ def prompted(
     """By class of words, how often drawings show the word that their prompt names.
 
     `drawn` are pictures for each prompt, `real` pictures with captions, which a classifier for
-    each class is taught on; its own accuracy on those it was not taught stands beside. Returns
-    that, and what was seen in each drawing, by class. Raises `UsageError` for too few pictures.
+    each class is taught on; its own accuracy on those it was not taught stands beside. Drawings
+    whose prompt names no word of a class, several, or one that no picture shows are `left_out`.
+    Returns that, and what was seen in each drawing, by class. Raises `UsageError` for too few
+    pictures.
     """
     flat = [
         (prompt, picture) for prompt, some in zip(prompts, drawn, strict=True) for picture in some
@@ -128,7 +130,8 @@ def prompted(
         for (i, _), kind in zip(asked, told, strict=True):
             seen[i][name] = kinds[kind]
         right = sum(kinds[kind] == word for (_, word), kind in zip(asked, told, strict=True))
-        found[name] = share(right, len(asked)) | {"words": len(kinds), "classifier": known}
+        found[name] = share(right, len(asked)) | {"left_out": len(flat) - len(asked)}
+        found[name] |= {"words": len(kinds), "classifier": known}
     return found, seen
 
 

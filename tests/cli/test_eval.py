@@ -214,7 +214,8 @@ def test_a_classifier_counts_the_words_that_drawings_show(coloured: Any) -> None
     drawn = [[red, blue], [blue, blue], [red, red], [red, red]]
     figures, seen = judge.prompted(prompts, drawn, coloured, WORDS, 0)
     colour = figures["colour"]
-    assert (colour["right"], colour["n"], colour["words"]) == (3, 4, 2)  # two prompts name no one
+    assert (colour["right"], colour["n"], colour["words"]) == (3, 4, 2)
+    assert colour["left_out"] == 4  # two prompts name no one word
     assert colour["classifier"]["share"] == 1 and colour["classifier"]["n"] == 24 // judge.HELD
     assert [one.get("colour") for one in seen] == ["red", *["blue"] * 3, None, None, None, None]
     with pytest.raises(UsageError, match="colour: 4 labelled pictures"):

@@ -1,4 +1,4 @@
-"""Pages of docs/commands: each ends in the help of its command, as a terminal of 100 columns shows it.
+"""Pages of docs/commands: each ends in the help of its command, at 100 columns.
 
 `python tests/cli/command_pages.py` writes the help anew; test_commands_docs.py compares.
 """

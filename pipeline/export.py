@@ -319,7 +319,7 @@ def _demuxed(path: Path, index: int, seek: int | None) -> Iterator[Any]:
     import av
 
     options = {"format_whitelist": media.VIDEO_FORMATS, "protocol_whitelist": "file"}
-    with av.open(f"file:{path}", options=options) as container:
+    with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
         stream = container.streams[index]
         try:
             if seek is not None:

@@ -315,8 +315,9 @@ def open_video(
 
     options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
     try:
-        # The explicit protocol keeps a file named "concat:…" or "http:…" a file.
-        container = av.open(f"file:{path}", options=options)
+        # The explicit protocol keeps a file named "concat:…" or "http:…" a file. Titles in Latin-1
+        # and the like are no reason to refuse a film.
+        container = av.open(f"file:{path}", options=options, metadata_errors="replace")
     except av.error.FFmpegError as error:
         raise MediaError(f"not a video that can be read ({_short(error)})", path) from error
     try:

@@ -151,6 +151,30 @@ def test_a_playlist_reads_no_other_file(tmp_path: Path, bikes: Path, name: str) 
     assert "not a video" in _reason(path)
 
 
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_title_that_is_not_utf8_is_no_reason_to_refuse_a_video(
+    tmp_path: Path,
+    suffix: str,
+    write_video: Callable[..., Path],
+    moving: Callable[..., list[np.ndarray]],
+) -> None:
+    import av
+
+    plain, path = write_video(tmp_path / "plain.mp4", moving(8)), tmp_path / f"titled{suffix}"
+    with av.open(str(plain)) as before, av.open(str(path), "w") as after:
+        after.metadata["title"] = "Cafe au lait"
+        stream = after.add_stream_from_template(before.streams.video[0])
+        for packet in before.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                after.mux(packet)
+    data = path.read_bytes()
+    assert b"Cafe" in data
+    path.write_bytes(data.replace(b"Cafe", b"Caf\xe9"))
+    with media.open_video(path) as video:
+        assert len(list(video.frames())) == 8
+
+
 def test_a_name_that_looks_like_a_protocol_is_a_file(tmp_path: Path, bikes: Path) -> None:
     path = tmp_path / "concat:a|b http:%d?x.mp4"
     path.write_bytes(bikes.read_bytes())

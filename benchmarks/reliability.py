@@ -149,21 +149,31 @@ def must(arguments: list[str]) -> Ended:
 def contents(folder: Path) -> dict[str, bytes]:
     """Files that must be equal to the byte, with what tells of time taken out of records.
 
-    Left out: run.json (times), TensorBoard's files (times), the journal of captions (their order
-    is the order of answers; the captions themselves are in clips.parquet).
+    Left out: run.json and TensorBoard's files (times). An answer to a request for captions is kept
+    with its seconds, and what is made of answers is named after them: after `caption`, clips and
+    quarantine are compared by their rows, and those stages' own files and the page are left out.
     """
+    described = any(folder.glob("describe-*/answers-*"))
     found = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
-        skip = file.name in ("run.json", "journal.jsonl") or "tensorboard" in name
-        if file.is_dir() or skip:
+        if file.is_dir() or file.name == "run.json" or "tensorboard" in name:
+            continue
+        if described and name.startswith(("describe-", "caption-", "match-", "decide-", "report")):
             continue
         data = file.read_bytes()
-        if file.name == "metrics.jsonl":
+        if described and file.name in ("clips.parquet", "quarantine.parquet"):
+            data = json.dumps(table(file)).encode()
+        elif file.name == "metrics.jsonl":
             rows = [json.loads(line) for line in data.splitlines()]
             data = json.dumps([_timeless(row) for row in rows]).encode()
-        elif file.name in ("train.json", "training.json"):
+        elif file.name == "train.json":
             data = json.dumps(_timeless(json.loads(data))).encode()
+        elif file.name == "state.safetensors":  # the seconds so far are in its header
+            end = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(data[8:end])
+            header["__metadata__"]["train"] = _timeless(json.loads(header["__metadata__"]["train"]))
+            data = json.dumps(header).encode() + data[end:]
         found[name] = data
     return found
 
@@ -274,7 +284,8 @@ def kills(folder: Path, count: int, only: list[str], seed: int) -> list[dict[str
     rows = []
     with server_of_tests.answering(delay_s=lambda digest: 0.1) as server:
         commands = Road(folder, server.url).commands()
-        for name, given in commands.items():
+        last = max(list(commands).index(name) for name in only)
+        for name, given in list(commands.items())[: last + 1]:
             whole = folder / name
             took = once(given, whole)
             if took.code:
@@ -488,7 +499,8 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True)
     result: dict[str, Any] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "seed": given.seed}
     result |= {"commit": commit.stdout.strip(), "processors": os.cpu_count(), "rows": []}
     with tempfile.TemporaryDirectory() as scratch:

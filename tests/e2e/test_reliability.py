@@ -1,0 +1,25 @@
+"""The harness of docs/reliability.md stays runnable, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HARNESS = Path(__file__).parents[2] / "benchmarks" / "reliability.py"
+
+
+@pytest.mark.slow
+def test_two_kills_of_a_command_and_sixty_broken_files_lose_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(HARNESS), "--kills", "2", "--broken", "60"]
+    command += ["--commands", "curate,tokenize", "-o", str(tmp_path / "made.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "made.json").read_text())["rows"]
+    tried = {row["what"]: row["tried"] for row in rows}
+    assert tried["kill -9 of curate"] == tried["kill -9 of tokenize"] == 2
+    assert tried["broken media: curate"] == 70
+    assert all(row["survived"] == row["tried"] for row in rows)

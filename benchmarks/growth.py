@@ -83,13 +83,17 @@ def work_of(out: Path, count: int) -> Any:
 
 
 def rows(out: Path, count: int) -> None:
-    """Write what the frame pass would have: a table a part, half the scores over thresholds."""
+    """Write what the frame pass would have: a table and a picture a part."""
+    import io
+    import tarfile
+
+    import cv2
     import numpy as np
     import pyarrow as pa
 
     from benchmarks.decide import made_up
     from benchmarks.dedup import hashes, table
-    from unimodal.pipeline.clips import WATCH
+    from unimodal.pipeline.clips import SAMPLE, WATCH
     from unimodal.pipeline.parts import write_parts
     from unimodal.pipeline.stage import PartFiles
 
@@ -97,10 +101,23 @@ def rows(out: Path, count: int) -> None:
     out.mkdir()
     write_parts(work.parts, out / "parts.parquet")
     found = made_up(count)
-    seen = table(hashes(np.random.default_rng(0), count, 1), "image")
-    uids = seen.column("uid")
+    codes = hashes(np.random.default_rng(0), count, 1)
+    samples = table(codes, "image").column("samples").combine_chunks()
+    fields = samples.values.flatten()
+    member = pa.array(["one.jpg"]).take(pa.array(np.zeros(count, np.int32)))
+    inner = pa.StructArray.from_arrays([member, *fields[1:]], fields=list(SAMPLE))
+    samples = pa.ListArray.from_arrays(samples.offsets, inner)
+    picture = cv2.imencode(".jpg", np.full((64, 64, 3), 99, np.uint8))[1].tobytes()
+    member_info = tarfile.TarInfo("one.jpg")
+    member_info.size = len(picture)
+
+    def frames(path: Path) -> None:
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            tar.addfile(member_info, io.BytesIO(picture))
+
+    uids = found.column("uid")
     columns = {"uri": [s.uri for part in work.parts for s in part.sources], "kind": None}
-    columns |= {"source_sha256": uids, "samples": seen.column("samples"), "uid": uids}
+    columns |= {"source_sha256": uids, "samples": samples, "uid": uids}
     columns["kind"] = pa.array(["image"]).take(pa.array(np.zeros(count, np.int32)))
     for field in WATCH:
         if field.name not in columns:
@@ -109,7 +126,7 @@ def rows(out: Path, count: int) -> None:
     start = 0
     for part in work.parts:
         files = PartFiles(out / work.stages.watch.folder, part.name)
-        files.commit(whole.slice(start, len(part.sources)), [])
+        files.commit(whole.slice(start, len(part.sources)), [], frames)
         start += len(part.sources)
 
 

@@ -28,8 +28,18 @@ DECODE_S = 0.07  # per second of 1280x720 at 24 frames a second, in proportion t
 SAMPLED_S = {"watch": 0.01, "text": 0.045, "quality": 0.005, "embed": 0.7, "nsfw": 0.03}
 """Per sampled picture, though scorers see only 3 of a clip's (embed: ViT-L/14 on a processor)."""
 
+TEXT_S = 0.079
+"""Per image: of a video's samples many are known to have no text and not looked at."""
+PICTURE_S = 0.001
+"""Per picture and stage, however small (benchmarks/growth.py --plan)."""
+START_S = 3.0
+"""A process that loads its libraries."""
+
 SAMPLE_BYTES = 60_000
-"""A stored picture."""
+"""A stored picture of the full size, 796x448; a smaller one takes its share."""
+PICTURE_BYTES = 2_500
+"""What it takes besides, in tables and headers of tars."""
+FULL = 796 * 448
 
 
 @dataclass(frozen=True)
@@ -69,18 +79,26 @@ def forecast(sources: Sequence[Source], out: Path, settings: CurateSettings) -> 
     video_s = seconds_seen * (bytes_local * video_share / bytes_seen) if bytes_seen else 0.0
     pixels = [found.width * found.height for _, found in seen if found.kind == "video"]
     size = (sum(pixels) / len(pixels) if pixels else 0) / (1280 * 720)
-    pictures = {"video": settings.keyframes.fps * video_s, "image": float(images)}
+    small = [min(1.0, f.width * f.height / FULL) for _, f in seen if f.kind == "image"]
+    counts = {"video": settings.keyframes.fps * video_s, "image": float(images)}
+    count = sum(counts.values())
+    shares = {"video": min(1.0, size * 1280 * 720 / FULL), "image": sum(small)}
+    shares["image"] /= max(1, len(small))
+    full = sum(counts[kind] * shares[kind] for kind in counts)  # in pictures of the full size
     cpu = 0.0
     lines = []
     for stage in stages.by_part:
         folder = out / stage.folder
         missing = [part for part in parts if not PartFiles(folder, part.name).done()]
         todo = sum(s.size for part in missing for s in part.sources) / max(1, bytes_all)
-        cost = sum(pictures.values()) * SAMPLED_S[stage.name]
+        cost = count * PICTURE_S + full * SAMPLED_S[stage.name]
+        if stage.name == "text":
+            cost += counts["image"] * shares["image"] * (TEXT_S - SAMPLED_S["text"])
         cost += DECODE_S * size * video_s if stage.name == "watch" else 0.0
         cpu += cost * todo
         state = f"{len(missing)} of {len(parts)} parts to do" if missing else "done"
         lines.append((stage.name, state))
+    cpu += START_S if cpu else 0.0
     lines += [(name, f"skipped: {why}") for name, why in stages.skipped.items()]
     lines.append(("then", "caption, match, dedup and decide over all clips"))
     return Forecast(
@@ -93,7 +111,7 @@ def forecast(sources: Sequence[Source], out: Path, settings: CurateSettings) -> 
         parts=len(parts),
         stages=tuple(lines),
         cpu_s=round(cpu, 1),
-        disk_bytes=int(sum(pictures.values()) * SAMPLE_BYTES),
+        disk_bytes=int(count * PICTURE_BYTES + full * SAMPLE_BYTES),
     )
 
 

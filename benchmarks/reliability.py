@@ -149,22 +149,20 @@ def must(arguments: list[str]) -> Ended:
 def contents(folder: Path) -> dict[str, bytes]:
     """Files that must be equal to the byte, with what tells of time taken out of records.
 
-    Left out: run.json and TensorBoard's files (times). An answer to a request for captions is kept
-    with its seconds, and what is made of answers is named after them: after `caption`, clips and
-    quarantine are compared by their rows, and those stages' own files and the page are left out.
+    Left out: run.json and TensorBoard's files (times), and answers to requests for captions, which
+    are kept with their seconds, with the page that tells of these; all else that is made of them
+    is compared.
     """
-    described = any(folder.glob("describe-*/answers-*"))
+    described = any(folder.glob("describe-*"))
     found = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
         if file.is_dir() or file.name == "run.json" or "tensorboard" in name:
             continue
-        if described and name.startswith(("describe-", "caption-", "match-", "decide-", "report")):
+        if described and name.startswith(("describe-", "report.html")):
             continue
         data = file.read_bytes()
-        if described and file.name in ("clips.parquet", "quarantine.parquet"):
-            data = json.dumps(table(file)).encode()
-        elif file.name == "metrics.jsonl":
+        if file.name == "metrics.jsonl":
             rows = [json.loads(line) for line in data.splitlines()]
             data = json.dumps([_timeless(row) for row in rows]).encode()
         elif file.name == "train.json":

@@ -12,7 +12,7 @@ demo: install
 
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=10
-	$(BIN)/python -m pytest -m slow --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(SIDE_BY_SIDE) --durations=10
 
 lint: install
 	$(BIN)/ruff check .

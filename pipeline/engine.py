@@ -180,6 +180,7 @@ def connect(address: str | None, workers: int | None) -> None:
             # Loopback only, and no usage reports: a laptop's Ray is nobody else's business.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(
+                address="local",  # not a cluster that somebody else started on this machine
                 num_cpus=workers,
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",

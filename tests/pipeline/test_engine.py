@@ -106,9 +106,15 @@ def ray_apart() -> Iterator[None]:
 def test_a_ray_of_our_own_writes_the_same_bytes(
     tmp_path: Path, inputs: Path, expected: dict[str, bytes], tree: Tree
 ) -> None:
+    """Also where another cluster runs on the machine, which is left alone."""
     import ray
+    from ray.cluster_utils import Cluster
 
-    curate([inputs], tmp_path / "run", SETTINGS, engine="ray", workers=2)
+    somebodys = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        curate([inputs], tmp_path / "run", SETTINGS, engine="ray", workers=2)
+    finally:
+        somebodys.shutdown()
     assert tree(tmp_path / "run") == expected
     assert not ray.is_initialized()
 

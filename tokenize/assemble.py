@@ -1,35 +1,116 @@
-"""One unit of rows: read their pictures, encode them, and put the documents together.
+"""Samples of one unit: its clips, or rows of files, read ahead and encoded in batches.
 
-    corpora.drafts -> pictures by size, texts counted -> a Sample with the pieces of each document
+    windows of clips                          -> pictures -> codes ─┐
+    corpora.drafts -> pictures, texts counted -> codes of pictures ─┴> Sample
 
-Rows are read ahead, and their pictures are encoded in batches of one size, as those of clips are.
-A row of which a picture or a text cannot be had goes to the quarantine as a whole.
+A clip, or a row, of which a picture or a text cannot be had goes to the quarantine as a whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unimodal.pipeline.errors import MediaError, reason
-from unimodal.tokenize.corpora import Draft, RowUnit, drafts
+from unimodal.tokenize.corpora import Draft, RowUnit, drafts, finite
 from unimodal.tokenize.document import Image, Piece, Text, parts_length
-from unimodal.tokenize.plan import split_of, windows
+from unimodal.tokenize.pictures import fit, image_pixels, video_pixels
+from unimodal.tokenize.plan import (
+    Unit,
+    Window,
+    score_columns,
+    split_of,
+    window_captions,
+    windows,
+)
 from unimodal.tokenize.shards import Sample
 
 if TYPE_CHECKING:
-    from unimodal.tokenize.unit import Work
+    from unimodal.tokenize.unit import Codes, Work
 
 STAGE = "tokenize"
-HELD = 8
-"""Batches of pictures that may wait for others of their size."""
+
+
+def clips(work: Work, unit: Unit) -> tuple[list[Sample], list[dict[str, str]]]:
+    """Samples of a unit of clips, and rows {uri, reason} of those that gave none."""
+    images = sorted((w for w in unit.windows if w.fps is None), key=lambda w: (w.size, w.key))
+    videos = [w for w in unit.windows if w.fps is not None]
+    films = [list(same) for _, same in groupby(videos, key=lambda w: w.clip["uid"])]
+    things = [[window] for window in images] + films
+    uris = [thing[0].clip["uri"] for thing in things]
+    # A file that killed a worker is not touched again, whichever clip of it did so.
+    killed = [work.poison.get(work.thing(k), "") for k in range(len(things))]
+    killers = {uri: why for uri, why in zip(uris, killed, strict=True) if why}
+    reads: list[list[Callable[[], np.ndarray]]] = []
+    for thing, uri in zip(things, uris, strict=True):
+        stream = _pixels(work, thing, killers.get(uri, ""))
+        reads.append([partial(next, stream)] * len(thing))
+    most, count = 2 * work.setup.settings.batch, len(images)
+    # The windows of a video come out of one decoder, one after another.
+    pictures = chain(
+        work.ahead(reads[:count], 0, work.threads, most),
+        work.ahead(reads[count:], count, min(work.threads, 1), 2),
+    )
+    found: list[tuple[Window, Codes]] = []
+    lost = list(unit.unfit)
+    for thing, uri in zip(things, uris, strict=True):
+        whole: list[tuple[Window, Codes]] = []
+        failed: Exception | None = None
+        for window in thing:
+            got = next(pictures)
+            if isinstance(got, Exception):
+                failed = failed or got
+            elif failed is None:
+                whole.append((window, work.image(got) if window.fps is None else work.film(got)))
+        if failed is None:
+            found += whole
+        else:
+            lost.append({"uri": uri, "reason": reason(failed)})
+    work.close(*work.open)
+    for k in range(len(things), len(things) + len(unit.unfit)):
+        work.tell.done(STAGE, work.thing(k), "")
+    return [_sample(work, w, codes().reshape(-1, *w.grid)) for w, codes in found], lost
+
+
+def _pixels(work: Work, clip: Sequence[Window], killed: str) -> Iterator[np.ndarray]:
+    """uint8 [1, H, W, 3] of an image, or [F, H, W, 3] of each window of a video."""
+    if killed:
+        raise MediaError(killed)
+    if clip[0].fps is None:
+        yield image_pixels(clip[0], work.tick)[None]
+    else:
+        yield from video_pixels(clip, work.tick)
+
+
+def _sample(work: Work, window: Window, codes: np.ndarray) -> Sample:
+    """The window with its codes [T, H/8, W/8] and everything that is known of its clip."""
+    clip, setup = window.clip, work.setup
+    start, end = window.span()
+    captions = [
+        {**caption, "tokens": len(setup.vocabulary.text.encode(caption["text"]))}
+        for caption in window_captions(window)
+    ]
+    return Sample(
+        key=window.key,
+        uid=clip["uid"],
+        kind=clip["kind"],
+        codes=codes,
+        split=split_of(clip["source_sha256"], setup.settings.val_fraction),
+        source_sha256=clip["source_sha256"],
+        fps=None if window.fps is None else float(window.fps),
+        start_s=start,
+        end_s=end,
+        captions=captions,
+        scores={name: finite(clip[name]) for name in score_columns(setup.clips.schema)},
+        meta=dict(clip.get("meta") or []),
+    )
 
 
 @dataclass
@@ -49,43 +130,21 @@ class Read:
 def documents(work: Work, unit: RowUnit) -> tuple[list[Sample], list[dict[str, str]]]:
     """Samples of a unit of rows, and rows {uri, reason} of those that gave none."""
     rows = list(drafts(unit, work.setup.settings))
-    things = [work.thing(k) for k in range(len(rows))]
-    killed = {k: work.poison[thing] for k, thing in enumerate(things) if thing in work.poison}
+    killed = {k: why for k in range(len(rows)) if (why := work.poison.get(work.thing(k)))}
     # A picture that killed a worker is not touched again, whichever row shows it; of several in
     # a row, nobody knows which it was.
     alone = {k: uris[0] for k in killed if len(uris := _uris(rows[k])) == 1}
     killers = {uri: killed[k] for k, uri in alone.items()}
-    batches = _Batches(work)
-    done: list[tuple[Read, list[tuple[int, int]]]] = []
+    reads = [[partial(_read, work, row, killed.get(k, ""), killers)] for k, row in enumerate(rows)]
+    done: list[tuple[Read, list[Codes]]] = []
     lost: list[dict[str, str]] = []
-    waiting: deque[tuple[int, Future[Read]]] = deque()
-
-    def settle() -> None:
-        k, future = waiting.popleft()
-        work.tell.begin(STAGE, things[k])
-        why = ""
-        if (error := future.exception()) is None:
-            read = future.result()
-            done.append((read, [batches.add(pixels) for pixels in read.pictures]))
+    for row, got in zip(rows, work.ahead(reads, 0, work.threads, 2 * work.threads), strict=True):
+        if isinstance(got, Exception):
+            lost.append({"uri": row.where, "reason": reason(got)})
         else:
-            work.give_up(error)
-            why = reason(error) if isinstance(error, Exception) else str(error)
-            lost.append({"uri": rows[k].where, "reason": why})
-        work.tell.done(STAGE, things[k], why)
-
-    with ThreadPoolExecutor(max(1, work.threads)) as pool:
-        for k, draft in enumerate(rows):
-            work.tell.begin(STAGE, things[k])
-            waiting.append((k, pool.submit(_read, work, draft, killed.get(k, ""), killers)))
-            if len(waiting) > 2 * work.threads:
-                settle()
-        while waiting:
-            settle()
-    batches.finish()
-    samples = [
-        _sample(work, read, [batches.codes(*place) for place in places]) for read, places in done
-    ]
-    return samples, lost
+            done.append((got, [work.image(pixels) for pixels in got.pictures]))
+    work.close(*work.open)
+    return [_document(work, read, [get()[0] for get in codes]) for read, codes in done], lost
 
 
 def _read(work: Work, draft: Draft, killed: str, killers: Mapping[str, str]) -> Read:
@@ -119,10 +178,9 @@ def _picture(work: Work, uri: str, read: Read) -> dict[str, int]:
     from unimodal.pipeline import fetch
     from unimodal.pipeline.inputs import sha256_of
     from unimodal.pipeline.media import read_image
-    from unimodal.tokenize.unit import fit
 
     setup = work.setup
-    with fetch.local(uri, keep=True, tick=lambda _: work.tell.seconds(0.0)) as path:
+    with fetch.local(uri, keep=True, tick=work.tick) as path:
         shown = read_image(path)
         read.source_sha256 = read.source_sha256 or sha256_of(path)
     row = {"uid": "picture", "kind": "image", "height": shown.shape[0], "width": shown.shape[1]}
@@ -132,7 +190,7 @@ def _picture(work: Work, uri: str, read: Read) -> dict[str, int]:
     return dict(zip(("height", "width"), window.grid, strict=True))
 
 
-def _sample(work: Work, read: Read, codes: list[np.ndarray]) -> Sample:
+def _document(work: Work, read: Read, codes: list[np.ndarray]) -> Sample:
     draft, pictures = read.draft, iter(codes)
     pieces = [
         Piece(Text(value) if kind == "text" else Image(next(pictures)), role)
@@ -151,40 +209,6 @@ def _sample(work: Work, read: Read, codes: list[np.ndarray]) -> Sample:
         pieces=pieces,
         tokens=read.tokens,
     )
-
-
-class _Batches:
-    """Pictures that wait for others of their size, and the codes of those that had company."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        self.open: dict[tuple[int, ...], list[np.ndarray]] = {}
-        self.numbers: dict[tuple[int, ...], int] = {}  # of the open batches
-        self.futures: dict[int, Future[np.ndarray]] = {}
-
-    def add(self, pixels: np.ndarray) -> tuple[int, int]:
-        """Batch and place where the codes of a picture, uint8 [1, H, W, 3], will be."""
-        batch, size = self.work.setup.settings.batch, pixels.shape
-        self.numbers.setdefault(size, len(self.futures) + len(self.open))
-        self.open.setdefault(size, []).append(pixels)
-        place = self.numbers[size], len(self.open[size]) - 1
-        if len(self.open[size]) == batch:
-            self._encode(size)
-        elif sum(map(len, self.open.values())) >= HELD * batch:
-            self._encode(max(self.open, key=lambda size: len(self.open[size])))
-        return place
-
-    def finish(self) -> None:
-        """Encode what still waits."""
-        for size in list(self.open):
-            self._encode(size)
-
-    def codes(self, batch: int, place: int) -> np.ndarray:
-        """Codes [H/8, W/8] of one picture."""
-        return self.futures[batch].result()[place, 0]
-
-    def _encode(self, size: tuple[int, ...]) -> None:
-        self.futures[self.numbers.pop(size)] = self.work.later(np.stack(self.open.pop(size)))
 
 
 def _uris(draft: Draft) -> list[str]:

@@ -467,7 +467,7 @@ def _draft(
         f"{hashlib.sha256(written).hexdigest()[:32]}-{number:09d}",
         corpus.task,
         pieces,
-        {name: _number(cells.get(name)) for name in corpus.numbers},
+        {name: finite(cells.get(name)) for name in corpus.numbers},
         {name: text for name, text in meta.items() if text},
     )
 
@@ -540,7 +540,8 @@ def _uri(path: str, base: str) -> str:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
+    """A number as the index has it: None for what is none, or is not finite."""
     try:
         number = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:

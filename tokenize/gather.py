@@ -17,7 +17,6 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from unimodal.pipeline.errors import UnimodalError, UsageError, full_disk
 from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.where import rows_where
-from unimodal.tokenize.plan import SPATIAL
 from unimodal.tokenize.shards import INDEX, Shards, ShardWriter, commit_shard, shard_paths
 
 TASK = "copied"
@@ -185,24 +183,15 @@ def _add(row: dict[str, Any], tar: Path, shard: str, file: io.BufferedWriter) ->
     return row
 
 
-@dataclass(frozen=True)
 class _Copy:
     """The vision tokenizer of shards, without opening it."""
 
-    shards: Shards
-
-    @property
-    def codebook_size(self) -> int:
-        return int(self.shards.manifest["vision_tokenizer"]["codebook_size"])
-
-    @property
-    def spatial_factor(self) -> int:
-        """Of format 1, which did not say, all were Emu3's."""
-        return int(self.shards.manifest["vision_tokenizer"].get("spatial_factor", SPATIAL))
-
-    @property
-    def digest(self) -> str:
-        return str(self.shards.manifest["vision_tokenizer"]["digest"])
+    def __init__(self, shards: Shards) -> None:
+        told = shards.manifest["vision_tokenizer"]
+        self.directory = shards.vision_tokenizer_dir
+        self.digest: str = told["digest"]
+        self.codebook_size: int = told["codebook_size"]
+        self.spatial_factor: int = told["spatial_factor"]
 
     def save(self, directory: Path) -> None:
-        shutil.copytree(self.shards.vision_tokenizer_dir, directory)
+        shutil.copytree(self.directory, directory)

@@ -29,10 +29,11 @@ from unimodal.pipeline.report.sheet import check_ours, data, document, figure, p
 from unimodal.pipeline.report.words import count, cut_off, share, table
 from unimodal.tokenize.device import out_of_memory
 from unimodal.tokenize.document import Text, parts_length
+from unimodal.tokenize.pictures import image_pixels, video_pixels
 from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings, Window, windows
 from unimodal.tokenize.shards import Shards
 from unimodal.tokenize.stats import SIZE, Statistics, size_length
-from unimodal.tokenize.unit import exact_arithmetic, image_pixels, video_pixels
+from unimodal.tokenize.unit import exact_arithmetic
 from unimodal.tokenize.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unimodal.pipeline.clips import read_parquet, write_parquet
-from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.plan import (
@@ -28,7 +27,7 @@ from unimodal.tokenize.plan import (
     kept_clips,
     units,
 )
-from unimodal.tokenize.shards import FORMAT, Shards, unit_of
+from unimodal.tokenize.shards import HEADER, Shards, unit_of
 
 TASK = "captions"
 
@@ -45,11 +44,6 @@ def refresh(run_dir: Path, out: Path, progress: Progress | None = None) -> dict[
     said = read_parquet(clips_file(run_dir), columns=["uid", "captions"]).combine_chunks()
     with run_lock(out, progress):
         shards = Shards.open(out)
-        if shards.manifest["format"] != FORMAT:
-            raise UnimodalError(
-                f"{out} has shard format {shards.manifest['format']}: bring it to {FORMAT} with "
-                f"unimodal inspect {out} --where true -o NEW"
-            )
         digests = dict(_digests(run_dir, shards))
         total = dict.fromkeys(("samples", "changed", "unknown", "shards"), 0)
         progress.begin(TASK, len(shards.manifest["shards"]), "shards")
@@ -86,8 +80,7 @@ def refresh(run_dir: Path, out: Path, progress: Progress | None = None) -> dict[
 
 def _digests(run_dir: Path, shards: Shards) -> Iterator[tuple[int, tuple[set[str], str]]]:
     """Keys and digest of each unit, as `unimodal tokenize` of the run would plan it."""
-    names = ("format", "vision_tokenizer", "vocabulary", "settings")
-    header = {name: shards.manifest[name] for name in names}
+    header = {name: shards.manifest[name] for name in HEADER}
     if "where" in header["settings"]:
         return  # gathered from elsewhere: no run makes these
     settings = TokenizeSettings(**header["settings"])

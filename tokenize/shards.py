@@ -42,7 +42,8 @@ from unimodal.tokenize.document import Image, Piece, Text, Video
 from unimodal.tokenize.vocabulary import Vocabulary
 
 FORMAT = 2
-"""Format 1 had neither task nor segments: its samples all have captions. It can be read."""
+HEADER = ("format", "vision_tokenizer", "vocabulary", "settings")
+"""What of a manifest decides the bytes of shards."""
 
 CAPTION = pa.struct(
     [
@@ -245,8 +246,8 @@ class ShardWriter:
             digits = path.stem.removeprefix("shard-")
             if path.suffix in (".tar", ".parquet") and digits.isdigit() and int(digits) >= count:
                 path.unlink()
-        shards, totals, lost = [], {"samples": 0, "train": 0, "val": 0, "vision_codes": 0}, []
-        self.codes = []
+        shards, lost, self.codes = [], [], []
+        totals = dict.fromkeys(("samples", "train", "val"), 0)
         for number in range(count):
             tar, index = shard_paths(self.out, number)
             unit = unit_of(index)
@@ -258,19 +259,16 @@ class ShardWriter:
             totals["samples"] += len(splits)
             totals["train"] += splits.count("train")
             totals["val"] += splits.count("val")
-            totals["vision_codes"] += self.codes[-1]
             shards.append({"name": tar.name, "samples": len(splits), "bytes": unit["tar_bytes"]})
         lost = [{"stage": "tokenize", **row} for row in lost]
-        write_parquet(
-            pa.Table.from_pylist(lost, schema=QUARANTINE), self.out / "quarantine.parquet"
-        )
+        why = self.out / "quarantine.parquet"
+        write_parquet(pa.Table.from_pylist(lost, schema=QUARANTINE), why)
         if not totals["samples"]:
-            why = self.out / "quarantine.parquet"
             raise UnimodalError(
                 f"none of the clips or rows could be tokenized: {why} says why"
                 + (f" (first: {lost[0]['reason']})" if lost else "")
             )
-        totals["quarantined"] = len(lost)
+        totals |= {"vision_codes": sum(self.codes), "quarantined": len(lost)}
         rest = {"state": "complete", "shards": shards, "totals": totals}
         self._write_manifest(rest | ({"made_of": made_of} if made_of else {}))
         return Shards.open(self.out)
@@ -284,10 +282,6 @@ class ShardWriter:
 
     def _same(self, there: Mapping[str, Any]) -> None:
         remedy = f"choose another --out, or delete {self.out} to make it anew"
-        if there["format"] != FORMAT:
-            raise UnimodalError(
-                f"the shards in {self.out} have format {there['format']}, now {FORMAT}: {remedy}"
-            )
         for key in ("vision_tokenizer", "vocabulary"):
             old, new = there[key]["digest"], self.header[key]["digest"]
             if old != new:
@@ -327,10 +321,7 @@ def write_shard(
     `header` is the manifest's, `scores` name the columns behind those of `INDEX`, `digest` is the
     unit's; `quarantine` are rows {uri, reason} of what it could not tokenize.
     """
-    codebook, name = (
-        int(header["vision_tokenizer"]["codebook_size"]),
-        shard_paths(out, number)[0].name,
-    )
+    codebook, name = header["vision_tokenizer"]["codebook_size"], shard_paths(out, number)[0].name
     ordered = sorted(samples, key=lambda sample: sample.key)
     adds = (partial(_add, sample=sample, shard=name, codebook=codebook) for sample in ordered)
     commit_shard(out, number, scores, digest, adds, quarantine)
@@ -474,8 +465,6 @@ class Shards:
             tar = self.path / shard["name"]
             try:
                 table = pq.read_table(tar.with_suffix(".parquet")).replace_schema_metadata()
-                if self.manifest["format"] == 1:
-                    table = _upgraded(table)
                 columns = pa.schema(list(table.schema)[: len(INDEX)])
             except (OSError, pa.ArrowException) as error:
                 raise UnimodalError(
@@ -619,16 +608,6 @@ def _codes_in(rows: pa.Table) -> int:
     return int(np.prod(np.stack(sizes), axis=0).sum())
 
 
-def _upgraded(table: pa.Table) -> pa.Table:
-    """An index of format 1 with the columns that it lacks."""
-    at = INDEX.get_field_index("task")
-    columns = [["caption"] * len(table), [None] * len(table)]
-    for position, column in enumerate(columns, at):
-        known = INDEX.field(position)
-        table = table.add_column(position, known, pa.array(column, known.type))
-    return table
-
-
 def _member(file: io.BufferedWriter, name: str, data: bytes) -> int:
     """Append a member without time or owner; returns the offset of its data."""
     info = tarfile.TarInfo(name)
@@ -690,13 +669,14 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise UnimodalError(f"no shards at {path}: make them with unimodal tokenize RUN -o {path}")
     try:
         manifest = json.loads(file.read_text())
-        if manifest["format"] not in (1, FORMAT):
+        if manifest["format"] != FORMAT:
             raise UnimodalError(
                 f"{path} has shard format {manifest['format']}, this version reads {FORMAT}: "
-                "install the version that wrote it, or tokenize again"
+                "install the version that wrote it, or tokenize again into a new folder"
             )
-        int(manifest["vision_tokenizer"]["codebook_size"])
-        str(manifest["vision_tokenizer"]["digest"] + manifest["vocabulary"]["digest"])
+        tokenizer = manifest["vision_tokenizer"]
+        int(tokenizer["codebook_size"]) + int(tokenizer["spatial_factor"])
+        str(tokenizer["digest"] + manifest["vocabulary"]["digest"])
         dict(manifest["settings"])
         for shard in manifest["shards"] if manifest["state"] == "complete" else []:
             if not _SHARD.fullmatch(shard["name"]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
@@ -231,18 +230,6 @@ def test_an_index_that_disagrees_with_its_tar_is_an_error(
     found = gather([a], "true", tmp_path / "d")
     with pytest.raises(UnimodalError, match="does not hold the codes of k0005"):
         content(found)
-
-
-def test_format_1_comes_out_as_2(tmp_path: Path, make: Callable[..., Shards]) -> None:
-    a = make(tmp_path / "a", [[sample(n) for n in range(3)]])
-    expected = content(a)
-    index = a.path / "shard-00000.parquet"
-    write_parquet(pq.read_table(index).drop_columns(["task", "segments"]), index)
-    told = json.loads((a.path / "manifest.json").read_text()) | {"format": 1}
-    del told["vision_tokenizer"]["spatial_factor"]
-    (a.path / "manifest.json").write_text(json.dumps(told))
-    found = gather([a.path], "true", tmp_path / "c")
-    assert content(found) == expected and found.manifest["format"] == 2
 
 
 def test_statistics_count_what_is_written(tmp_path: Path, make: Callable[..., Shards]) -> None:

@@ -23,8 +23,8 @@ from unimodal.pipeline.errors import MediaError, UnimodalError
 from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.supervise import Patience
+from unimodal.tokenize.pictures import resample
 from unimodal.tokenize.run import TokenizeSettings, tokenize
-from unimodal.tokenize.unit import resample
 
 SMALL = TokenizeSettings(area=32 * 32, fps=8, seconds=1, batch=3, shard_size=4)
 
@@ -397,11 +397,11 @@ def test_a_finished_directory_is_not_planned_again(
 def test_pictures_are_decoded_while_others_are_encoded_and_not_without_bound(
     tmp_path: Path, block_mean: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unimodal.tokenize import unit
+    from unimodal.tokenize import assemble, unit
 
     rows = [row(picture(tmp_path / f"{i}.png", (40, 40), i)) for i in range(20)]
     read: list[str] = []
-    right, waited = unit.image_pixels, threading.Event()
+    right, waited = assemble.image_pixels, threading.Event()
 
     def reading(window: Any, tick: Any = None) -> Any:
         read.append(window.key)
@@ -424,7 +424,7 @@ def test_pictures_are_decoded_while_others_are_encoded_and_not_without_bound(
         assert counted.wait(30)
         return type(block_mean).encode(block_mean, pixels)
 
-    monkeypatch.setattr(unit, "image_pixels", reading)
+    monkeypatch.setattr(assemble, "image_pixels", reading)
     monkeypatch.setattr(unit, "processors", lambda: 2)
     block_mean.encode = encode
     one = SMALL.model_copy(update={"shard_size": 100})
@@ -527,8 +527,8 @@ def test_the_real_tokenizer_writes_what_it_encodes_and_can_be_loaded_again(
 ) -> None:
     import torch
 
+    from unimodal.tokenize.pictures import image_pixels, video_pixels
     from unimodal.tokenize.plan import kept_clips, units
-    from unimodal.tokenize.unit import image_pixels, video_pixels
     from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
     from unimodal.tokenize.vision.pixels import to_pixels
     from unimodal.tokenize.vision.tokenizer import VisionTokenizer

@@ -23,8 +23,9 @@ import pyarrow as pa
 
 from unimodal.pipeline.caption import Given
 from unimodal.pipeline.clips import CLIPS
-from unimodal.pipeline.decide import DecideSettings, advice, decide, waterfall, what_if
+from unimodal.pipeline.decide import DecideSettings, decide, what_if
 from unimodal.pipeline.inputs import Source
+from unimodal.pipeline.judged import advice, judge
 from unimodal.pipeline.parts import Part, write_parts
 from unimodal.pipeline.presets import CurateSettings
 from unimodal.pipeline.progress import Progress
@@ -146,8 +147,8 @@ def main(count: int = 1_000_000) -> None:
     )
     found = timed("what_if", what_if, old, new)
     print(f"  {found.dropped:,} more dropped, {found.kept:,} kept again")  # type: ignore[attr-defined]
-    tolls = timed("waterfall", waterfall, clips, SETTINGS)
-    for line in advice(tolls, SETTINGS):  # type: ignore[arg-type]
+    judged = timed("judge", judge, clips, SETTINGS)
+    for line in advice(judged, SETTINGS):  # type: ignore[arg-type]
         print(f"  {line}")
     with tempfile.TemporaryDirectory() as folder:
         out = run_directory(Path(folder), clips)

@@ -87,8 +87,8 @@ def curate(
 def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
     """Print a run's totals and warnings for people, its path for programs."""
     from unimodal.cli import console
-    from unimodal.pipeline.decide import advice, waterfall
     from unimodal.pipeline.errors import UnimodalError
+    from unimodal.pipeline.judged import advice, judge
 
     totals = made.info["totals"]
     record = {name: totals[name] for name in ("kept", "dropped", "quarantined")}
@@ -103,8 +103,8 @@ def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
         console.result(made.path, record, as_json)
         return
     thresholds = made.settings.decide
-    tolls = waterfall(made.clips, thresholds)
-    reasons = {toll.keep: toll.dropped for toll in tolls if toll.dropped}
+    judged = judge(made.clips, thresholds)
+    reasons = {one.keep: one.dropped for one in judged if one.dropped}
     reasons = dict(sorted(reasons.items(), key=lambda item: -item[1]))
     rows: list[tuple[str, Any]] = [
         (f"dropped by {rule}", dropped) for rule, dropped in reasons.items()
@@ -120,7 +120,7 @@ def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
     for name, why in made.info["skipped"].items():
         if "switched off" not in why:
             tell.note(f"{name} was skipped: {why}")
-    for line in advice(tolls, thresholds):
+    for line in advice(judged, thresholds):
         tell.note(line)
     if not totals["kept"]:
         tell.note("nothing was kept; loosen a rule, for example --set decide.flow_min=none")

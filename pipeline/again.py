@@ -14,13 +14,10 @@ from typing import IO, Any
 
 from unimodal.pipeline import fetch, media
 from unimodal.pipeline.errors import MediaError
-from unimodal.pipeline.framepass import Observer, watch_frames
+from unimodal.pipeline.framepass import watch_frames
 from unimodal.pipeline.frames import Clip, Sample
 from unimodal.pipeline.images import probe_image
-from unimodal.pipeline.observers.flow import Flow
-from unimodal.pipeline.observers.keyframes import Keyframes
-from unimodal.pipeline.observers.light import Flicker, Light
-from unimodal.pipeline.watch import WatchSettings
+from unimodal.pipeline.watch import Looks, WatchSettings
 
 
 def look_again(row: Mapping[str, Any], settings: WatchSettings) -> Clip:
@@ -30,14 +27,16 @@ def look_again(row: Mapping[str, Any], settings: WatchSettings) -> Clip:
     `MediaError` if the source cannot be read.
     """
     with fetch.local(row["uri"], keep=True) as path, tempfile.TemporaryFile() as spool:
+        looks = Looks(settings, spool)
         if row["kind"] == "image":
-            measured, keyframes = _image(path, settings, spool)
             start, end = 0, 1
+            still = media.open_image(path, probe_image(path, settings.limits), settings.limits)
+            measured = looks.still(still)
         else:
             start, end = row["start_pts"], row["end_pts"]
-            measured, keyframes = _span(row, path, settings, spool)
+            measured, looks = _span(row, path, settings, spool)
         samples = []
-        for picture, keyframe, scoring in keyframes.choose(start, end):
+        for picture, keyframe, scoring in looks.keyframes.choose(start, end):
             spool.seek(picture.offset)
             seconds = None if row["kind"] == "image" else picture.seconds
             jpeg = spool.read(picture.size)
@@ -45,44 +44,26 @@ def look_again(row: Mapping[str, Any], settings: WatchSettings) -> Clip:
     return Clip({**row, **measured}, tuple(samples))
 
 
-def _image(
-    path: Path, settings: WatchSettings, spool: IO[bytes]
-) -> tuple[dict[str, Any], Keyframes]:
-    still = media.open_image(path, probe_image(path, settings.limits), settings.limits)
-    flicker, light = Flicker(settings.light), Light(settings.light)
-    keyframes = Keyframes(settings.keyframes, spool)
-    watch_frames(still, [flicker, light, keyframes])
-    return {**flicker.columns(0, 1), **light.columns(0, 1)}, keyframes
-
-
 def _span(
     row: Mapping[str, Any], path: Path, settings: WatchSettings, spool: IO[bytes]
-) -> tuple[dict[str, Any], Keyframes]:
+) -> tuple[dict[str, Any], Looks]:
     start, end, tick = row["start_pts"], row["end_pts"], Fraction(row["time_base"])
     first = start - round(row["start_s"] / tick)
     for seek in (True, False):
-        flow, flicker, light = Flow(settings.flow), Flicker(settings.light), Light(settings.light)
         spool.truncate(0)
-        keyframes = Keyframes(settings.keyframes, spool)
+        looks = Looks(settings, spool)
         with media.open_video(path, settings.limits) as video:
             if video.time_base != tick:
                 raise MediaError(f"its time base is {video.time_base}, not {tick}: another file?")
             if seek and not video.seek(start):
                 continue
-            observers: list[Observer] = [flow, flicker, light, keyframes]
             try:
-                timeline = watch_frames(video, observers, span=(start, end, first))
+                timeline = watch_frames(video, looks.observers, span=(start, end, first))
             except MediaError:
                 if seek:
                     continue  # the index led nowhere: from the beginning then
                 raise
         if seek and int(timeline.pts[0]) > start + round(1 / (video.probe.fps or 25) / tick):
             continue  # it led past the span
-        columns = {
-            **light.crop(start, end, row["width"], row["height"]),
-            **flow.columns(start, end),
-            **flicker.columns(start, end),
-            **light.columns(start, end),
-        }
-        return columns, keyframes
+        return looks.columns(start, end, video.probe), looks
     raise MediaError("the span is not in this file")

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from unimodal.pipeline.clips import CLIPS
 from unimodal.pipeline.errors import UsageError
 from unimodal.pipeline.settings import Settings
+from unimodal.pipeline.where import locked
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -154,34 +155,6 @@ DEDUP = Rule("dedup", "any", "dup_rank", "dup_rank <= best_kept_rank")
 
 
 @dataclass(frozen=True)
-class Judgment:
-    """What the rules say of N clips."""
-
-    rules: tuple[Rule, ...]  # R of them
-    keeps: tuple[str, ...]  # their expressions, with the thresholds filled in
-    speaks: np.ndarray  # bool [R, N]: the rule is about clips of this kind
-    holds: np.ndarray  # int8 [R, N]: 1 keeps, 0 drops, -1 was not measured or not spoken of
-
-
-@dataclass(frozen=True)
-class Toll:
-    """What one rule costs."""
-
-    rule: Rule
-    keep: str  # its expression, with the thresholds filled in
-    spoken: int  # clips of its kind
-    nulls: int  # of them, those whose score was not measured
-    dropped: int
-    alone: int  # of the dropped, those that no other rule drops
-    median: float | None  # of the score of the clips that it speaks of
-
-    @property
-    def judged(self) -> int:
-        """Clips that the rule could judge."""
-        return self.spoken - self.nulls
-
-
-@dataclass(frozen=True)
 class Turn:
     """Clips whose verdict turns because of one rule."""
 
@@ -222,15 +195,6 @@ def rules(settings: DecideSettings) -> list[Rule]:
     return active
 
 
-def judge(clips: pa.Table, settings: DecideSettings) -> Judgment:
-    """Hold all active rules against `clips`, which has uid, kind and any columns of `CLIPS`.
-
-    Raises `UsageError` for a rule of the user's that does not evaluate.
-    """
-    with opened(clips) as database:
-        return _judge(clips, settings, database)
-
-
 def decide(clips: pa.Table, settings: DecideSettings) -> pa.Table:
     """Verdicts of `clips`: a table of uid, verdict (keep or drop) and reasons, in the same order.
 
@@ -239,10 +203,9 @@ def decide(clips: pa.Table, settings: DecideSettings) -> pa.Table:
     Raises `UsageError` for a rule of the user's that does not evaluate.
     """
     with opened(clips) as database:
-        judgment = _judge(clips, settings, database)
         # Text is made for what is dropped alone, a rule at a time.
         texts, rows = [pa.array([], pa.string())], [np.zeros(0, np.int64)]
-        for rule, keep, holds in zip(judgment.rules, judgment.keeps, judgment.holds, strict=True):
+        for rule, keep, _, holds in held(clips, settings, database):
             dropped = np.flatnonzero(holds == 0)
             if len(dropped):
                 rows.append(dropped)
@@ -257,56 +220,9 @@ def decide(clips: pa.Table, settings: DecideSettings) -> pa.Table:
     return pa.table({"uid": uid, "verdict": verdict, "reasons": reasons})
 
 
-def waterfall(clips: pa.Table, settings: DecideSettings) -> list[Toll]:
-    """What every active rule drops of `clips` (as in `decide`), and what it drops alone."""
-    with opened(clips) as database:
-        judgment = _judge(clips, settings, database)
-        drops = judgment.holds == 0
-        by = drops.sum(axis=0)
-        tolls = []
-        for i, rule in enumerate(judgment.rules):
-            spoken = int(judgment.speaks[i].sum())
-            tolls.append(
-                Toll(
-                    rule=rule,
-                    keep=judgment.keeps[i],
-                    spoken=spoken,
-                    nulls=spoken - int((judgment.holds[i] >= 0).sum()),
-                    dropped=int(drops[i].sum()),
-                    alone=int((drops[i] & (by == 1)).sum()),
-                    median=_median(rule, database),
-                )
-            )
-    return tolls
-
-
-def advice(tolls: Sequence[Toll], settings: DecideSettings) -> list[str]:
-    """Sentences about rules that drop over 70 % of the clips they judge, or none at all."""
-    lines, idle = [], []
-    for toll in tolls:
-        if not toll.judged:
-            continue
-        noun = "clip" if toll.rule.kind == "any" else toll.rule.kind
-        clips_judged = f"{toll.judged:,} {noun}{'s' if toll.judged > 1 else ''}"
-        if toll.dropped > 0.7 * toll.judged:
-            share = 100 * toll.dropped / toll.judged
-            named = _assigned(toll.rule, settings)
-            line = f"{named} drops {share:.0f} % of {clips_judged}"
-            if toll.median is not None:
-                line += f": their median of {toll.rule.score} is {toll.median:.3g}"
-            lines.append(line)
-        elif not toll.dropped and toll.rule != DEDUP:  # no near-duplicates are good news
-            idle.append(f"{_assigned(toll.rule, settings)} (of {clips_judged})")
-    if idle:
-        lines.append(f"no clip is dropped by {', '.join(idle)}")
-    return lines
-
-
 def what_if(old: pa.Table, new: pa.Table) -> WhatIf:
     """What changes from `old` to `new` verdicts, both as `decide` returns them; joined by uid."""
-    with opened(None) as database:
-        database.register("old", old)
-        database.register("new", new)
+    with locked(old=old, new=new) as database:
         database.execute(
             "CREATE TEMP TABLE pairs AS SELECT uid, old.verdict AS was, new.verdict AS becomes, "
             "old.reasons AS formerly, new.reasons AS now FROM old JOIN new USING (uid)"
@@ -334,41 +250,46 @@ def _turns(
 
 
 @contextmanager
-def opened(clips: pa.Table | None) -> Iterator[DuckDBPyConnection]:
-    """A database that holds `clips` with all columns of `CLIPS` and their row, and no way out."""
-    import duckdb
-
-    # Rules come from settings files, which may come from strangers: no files, no extensions.
-    config: dict[str, Any] = {
-        "enable_external_access": "false",
-        "temp_directory": "",
-        "lock_configuration": "true",
-    }
-    with duckdb.connect(":memory:", config=config) as database:
-        if clips is not None:
-            for field in CLIPS:
-                if field.name not in clips.column_names:
-                    clips = clips.append_column(field.name, pa.nulls(clips.num_rows, field.type))
-            row = pa.array(np.arange(clips.num_rows))
-            database.register("clips", clips.append_column("row", row))
+def opened(clips: pa.Table) -> Iterator[DuckDBPyConnection]:
+    """A locked database that holds `clips` with all columns of `CLIPS` and their row."""
+    for field in CLIPS:
+        if field.name not in clips.column_names:
+            clips = clips.append_column(field.name, pa.nulls(clips.num_rows, field.type))
+    row = pa.array(np.arange(clips.num_rows))
+    with locked(clips=clips.append_column("row", row)) as database:
         yield database
 
 
-def _judge(clips: pa.Table, settings: DecideSettings, database: DuckDBPyConnection) -> Judgment:
-    active = rules(settings)
-    keeps = [_filled(rule, settings) for rule in active]
+def held(
+    clips: pa.Table, settings: DecideSettings, database: DuckDBPyConnection
+) -> list[tuple[Rule, str, np.ndarray, np.ndarray]]:
+    """The active rules held against N clips, which `database` was `opened` for.
+
+    Each with its expression, thresholds filled in; bool [N], whether it is about clips of this
+    kind; and int8 [N]: 1 keeps, 0 drops, -1 was not measured or not spoken of. Raises `UsageError`
+    for a rule of the user's that does not evaluate.
+    """
+    import duckdb
+
     kinds = {kind: _flags(pc.equal(clips.column("kind"), kind)) for kind in ("image", "video")}
-    kinds["any"] = np.ones(clips.num_rows, bool)
-    holds = np.full((len(active), clips.num_rows), -1, np.int8)
-    for i, (rule, keep) in enumerate(zip(active, keeps, strict=True)):
-        holds[i] = _values(f"coalesce(({keep})::BOOLEAN::TINYINT, -1)", rule, database)
-        holds[i, ~kinds[rule.kind]] = -1
+    kept = kinds["any"] = np.ones(clips.num_rows, bool)
+    found = []
+    for rule in rules(settings):
+        keep = rule.keep
+        if rule.stage != "extra":  # its dollars are its own
+            keep = re.sub(r"\$(\w+)", lambda m: str(getattr(settings, m[1])), keep)
+        try:
+            holds = evaluate(f"coalesce(({keep})::BOOLEAN::TINYINT, -1)", database)
+        except duckdb.Error as error:
+            line = str(error).splitlines()[0]
+            whose = "decide.extra" if rule.stage == "extra" else "the rule"
+            raise UsageError(f'{whose} "{rule.keep}": {line}') from error
+        holds[~kinds[rule.kind]] = -1
+        kept = kept & (holds != 0)
+        found.append((rule, keep, kinds[rule.kind], holds))
     if settings.dedup and clips.num_rows and "dup_group" in clips.column_names:
-        active.append(DEDUP)
-        keeps.append(DEDUP.keep)
-        holds = np.vstack([holds, _best_of_group(clips, ~(holds == 0).any(axis=0))])
-    speaks = np.array([kinds[rule.kind] for rule in active]).reshape(holds.shape)
-    return Judgment(tuple(active), tuple(keeps), speaks, holds)
+        found.append((DEDUP, DEDUP.keep, kinds["any"], _best_of_group(clips, kept)))
+    return found
 
 
 def _best_of_group(clips: pa.Table, kept: np.ndarray) -> np.ndarray:
@@ -387,53 +308,30 @@ def _best_of_group(clips: pa.Table, kept: np.ndarray) -> np.ndarray:
     return holds
 
 
-def _values(expression: str, rule: Rule, database: DuckDBPyConnection) -> np.ndarray:
-    """An expression of a rule over all clips; raises `UsageError` for a rule of the user's."""
-    import duckdb
-
-    try:
-        found = database.sql(f"SELECT row, {expression} AS value FROM clips").fetchnumpy()
-    except duckdb.Error as error:
-        line = str(error).splitlines()[0]
-        whose = "decide.extra" if rule.stage == "extra" else "the rule"
-        raise UsageError(f'{whose} "{rule.keep}": {line}') from error
+def evaluate(expression: str, database: DuckDBPyConnection) -> np.ndarray:
+    """An expression over the N clips that `database` was `opened` for, [N]."""
+    found = database.sql(f"SELECT row, {expression} AS value FROM clips").fetchnumpy()
     values = np.empty_like(found["value"])
     values[found["row"]] = found["value"]  # sorting in the database would take twice as long
     return values
+
+
+def as_number(score: str) -> str:
+    """A column or expression as a number, NaN where it is null."""
+    return f"coalesce(({score})::DOUBLE, 'nan')"
 
 
 def _reasons(rule: Rule, keep: str, rows: np.ndarray, database: DuckDBPyConnection) -> pa.Array:
     """Why `rule` drops these rows."""
     if not rule.score:
         return pa.array([f"{rule.stage}::{keep}"]).take(pa.array(np.zeros(len(rows), np.int8)))
-    values = _values(f"coalesce(({rule.score})::DOUBLE, 'nan')", rule, database)[rows]
+    values = evaluate(as_number(rule.score), database)[rows]
     database.register("dropped", pa.table({"value": values}))
     found = database.sql(
         f"SELECT '{rule.stage}:{rule.score}=' || printf('%.6g', value) || ':{keep}' AS reason "
         "FROM dropped"
     )
     return found.to_arrow_table().column("reason").combine_chunks().cast(pa.string())
-
-
-def _median(rule: Rule, database: DuckDBPyConnection) -> float | None:
-    if not rule.score or rule == DEDUP:
-        return None
-    speaks = "TRUE" if rule.kind == "any" else f"kind = '{rule.kind}'"
-    found = database.sql(f"SELECT median(({rule.score})::DOUBLE) FROM clips WHERE {speaks}")
-    return found.fetchall()[0][0]
-
-
-def _filled(rule: Rule, settings: DecideSettings) -> str:
-    if rule.stage == "extra":  # its dollars are its own
-        return rule.keep
-    return re.sub(r"\$(\w+)", lambda m: str(getattr(settings, m[1])), rule.keep)
-
-
-def _assigned(rule: Rule, settings: DecideSettings) -> str:
-    """How the rule is set, as on a command line."""
-    if rule.stage == "extra":
-        return f'decide.extra "{rule.kind}: {rule.keep}"'
-    return ", ".join(f"decide.{name}={getattr(settings, name)}" for name in rule.settings)
 
 
 def _flags(values: pa.Array | pa.ChunkedArray) -> np.ndarray:

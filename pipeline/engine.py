@@ -136,10 +136,13 @@ def _ray(
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        rows = [
-            {"job": job.text(), "patience": patience.model_dump_json(), "failed": "", "seen": "[]"}
-            for job in jobs
-        ]
+        common = {
+            "patience": patience.model_dump_json(),
+            "failed": "",
+            "seconds": 0.0,
+            "done": "[]",
+        }
+        rows = [{**common, "job": job.text()} for job in jobs]
         # A block per part: a part is the unit of scheduling, and of retry when a node is lost.
         parts = ray.data.from_items(rows, override_num_blocks=len(rows))
         pool = ray.data.TaskPoolStrategy(size=min(workers, len(rows)) if workers else None)
@@ -154,9 +157,8 @@ def _ray(
         for row in done.iter_rows():
             if row["failed"]:
                 raise UnimodalError(row["failed"])
-            for stage, thing, seconds, why in json.loads(row["seen"]):
-                tell.begin(stage, thing)
-                tell.seconds(seconds)
+            tell.seconds(row["seconds"])
+            for stage, thing, why in json.loads(row["done"]):
                 tell.done(stage, thing, why)
     except ray.exceptions.RayError as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -214,29 +216,22 @@ def _ray_part(row: dict[str, Any], models: bool | None) -> dict[str, Any]:
     worker = _IN_RAY.setdefault(
         row["patience"], Supervised(Patience.model_validate_json(row["patience"]))
     )
-    seen: dict[tuple[str, str], list[Any]] = {}  # a thing that is tried again is told of once
-    at: list[tuple[str, str]] = []
-
-    def begin(stage: str, thing: str) -> None:
-        at[:] = [(stage, thing)]
-        seen[stage, thing] = [0.0, ""]
-
-    def add(seconds: float) -> None:
-        if at:
-            seen[at[0]][0] += seconds
-
-    def done(stage: str, thing: str, why: str) -> None:
-        seen.setdefault((stage, thing), [0.0, ""])[1] = why
-
+    told: dict[tuple[str, str], str] = {}  # a thing that is tried again is told of once
+    seconds: list[float] = []
+    tell = Tell(
+        seconds=seconds.append,
+        done=lambda stage, thing, why: told.update({(stage, thing): why}),
+    )
     job = Job.parse(row["job"])
     job.steps = [step for step in job.steps if models is None or step.model == models]
     failed = ""
     try:
-        worker.do(job, Tell(begin, add, done))
+        worker.do(job, tell)
     except Exception as error:
         failed = str(error) or type(error).__name__
-    told = json.loads(row["seen"]) + [[*thing, *found] for thing, found in seen.items()]
-    return {**row, "failed": failed, "seen": json.dumps(told)}
+    done = json.loads(row["done"]) + [[*thing, why] for thing, why in told.items()]
+    total = row["seconds"] + sum(seconds)
+    return {**row, "failed": failed, "seconds": total, "done": json.dumps(done)}
 
 
 class _RayModels:

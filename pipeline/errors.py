@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UnimodalError(Exception):
@@ -46,3 +48,12 @@ def full_disk(error: Exception, folder: object) -> UnimodalError | None:
     return UnimodalError(
         f"{folder}: the disk is full; free some space and run the same command again"
     )
+
+
+@contextmanager
+def telling_full_disk(folder: object) -> Iterator[None]:
+    """A full disk in the block is one line for the user, which names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        raise full_disk(error, folder) or error from error

@@ -33,7 +33,7 @@ import pyarrow as pa
 
 from unimodal.pipeline import fetch, media
 from unimodal.pipeline.bounds import Limits
-from unimodal.pipeline.errors import MediaError, UsageError, full_disk, reason
+from unimodal.pipeline.errors import MediaError, UsageError, full_disk, reason, telling_full_disk
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.parts import read_parts
 from unimodal.pipeline.progress import Progress
@@ -110,7 +110,7 @@ def export_clips(
     written: list[dict[str, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
     progress.begin("clips", len(rows), "clips")
-    try:
+    with telling_full_disk(out):
         for uri, clips in groupby(rows, key=lambda row: row["uri"]):
             for row in clips:
                 try:
@@ -133,8 +133,6 @@ def export_clips(
                 progress.advance("clips")
         write_lines(out / "clips.jsonl", written)
         write_lines(out / "failed.jsonl", done.failed)
-    except OSError as error:
-        raise full_disk(error, out) or error from error
     progress.end("clips")
     return done
 
@@ -182,34 +180,36 @@ def _write(
     path: Path, row: Row, stem: Path, how: Mapping[str, Any], limits: Limits
 ) -> dict[str, Any]:
     """Write the pictures of a clip; returns what its sidecar says of the file."""
-    if row["kind"] == "image":
-        return _write_image(path, row, stem, how, limits)
-    with media.open_video(path, limits) as video:
-        animated = video.probe.animated
-    if how["mode"] == "exact":
-        file = stem.with_suffix(".mp4")
-        with atomic(file) as temporary:
-            start, end, size = _encode(path, row, temporary, how, limits)
-    elif animated:
-        if not row["starts_at"] == row["ends_at"] == "source":
-            raise MediaError("an animated picture cannot be copied in part: use --mode exact")
-        file = stem.with_suffix(SUFFIXES.get(row["codec"], f".{row['codec']}"))
-        with atomic(file) as temporary:
-            shutil.copyfile(path, temporary)
-        start, end, size = row["start_pts"], row["end_pts"], (row["width"], row["height"])
+    still, exact = row["kind"] == "image", how["mode"] == "exact"
+    found = media.probe(path, limits)
+    whole = not exact and (still or found.animated)
+    if exact:
+        suffix = ".png" if still else ".mp4"
+    elif whole:
+        suffix = SUFFIXES.get(row["codec"], f".{row['codec']}")
     else:
-        file = stem.with_suffix(".mp4" if row["codec"] in MP4 else ".mkv")
-        with atomic(file) as temporary:
+        suffix = ".mp4" if row["codec"] in MP4 else ".mkv"
+    file = stem.with_suffix(suffix)
+    start, end, size = row["start_pts"], row["end_pts"], (row["width"], row["height"])
+    with atomic(file) as temporary:
+        if whole:
+            if not still and not row["starts_at"] == row["ends_at"] == "source":
+                raise MediaError("an animated picture cannot be copied in part: use --mode exact")
+            shutil.copyfile(path, temporary)
+        elif still:
+            size = _save(path, row, temporary, how["crop"], limits)
+        elif exact:
+            start, end, size = _encode(path, row, temporary, how, limits)
+        else:
             start, end = _copy(path, row, temporary, how["mode"] == "keyframe", limits)
-        size = (row["width"], row["height"])
+    made = {**how, "file": file.name, "bytes": file.stat().st_size}
+    made |= {"width": size[0], "height": size[1]}
+    if still:
+        return made
     tick = Fraction(row["time_base"])
     first = round(row["start_pts"] - row["start_s"] / tick)  # of the source, where its clock is 0
     return {
-        **how,
-        "file": file.name,
-        "bytes": file.stat().st_size,
-        "width": size[0],
-        "height": size[1],
+        **made,
         # The span of the source that is in the file; longer than the clip's where packets are
         # copied. The file's own clock begins at 0.
         "start_pts": start,
@@ -220,26 +220,14 @@ def _write(
     }
 
 
-def _write_image(
-    path: Path, row: Row, stem: Path, how: Mapping[str, Any], limits: Limits
-) -> dict[str, Any]:
-    if how["mode"] == "exact":
-        from PIL import Image
+def _save(path: Path, row: Row, out: Path, crop: bool, limits: Limits) -> tuple[int, int]:
+    """Save an image as it is shown, as PNG; returns its size."""
+    from PIL import Image
 
-        pixels = media.read_image(path, limits)
-        x0, y0, x1, y1 = _box(row, how["crop"], 1)
-        file = stem.with_suffix(".png")
-        with atomic(file) as temporary:
-            Image.fromarray(pixels[y0:y1, x0:x1]).save(temporary, format="PNG")
-        size = (x1 - x0, y1 - y0)
-    else:
-        media.probe(path, limits)
-        file = stem.with_suffix(SUFFIXES.get(row["codec"], f".{row['codec']}"))
-        with atomic(file) as temporary:
-            shutil.copyfile(path, temporary)
-        size = (row["width"], row["height"])
-    named = {"file": file.name, "bytes": file.stat().st_size}
-    return {**how, **named, "width": size[0], "height": size[1]}
+    x0, y0, x1, y1 = _box(row, crop, 1)
+    pixels = media.read_image(path, limits)
+    Image.fromarray(pixels[y0:y1, x0:x1]).save(out, format="PNG")
+    return x1 - x0, y1 - y0
 
 
 def _box(row: Row, crop: bool, step: int) -> tuple[int, int, int, int]:
@@ -318,8 +306,7 @@ def _demuxed(path: Path, index: int, seek: int | None) -> Iterator[Any]:
     """Packets of a stream, from the one that the container finds for `seek` on."""
     import av
 
-    options = {"format_whitelist": media.VIDEO_FORMATS, "protocol_whitelist": "file"}
-    with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+    with media.opened(path) as container:
         stream = container.streams[index]
         try:
             if seek is not None:
@@ -359,13 +346,13 @@ def _encode(
     x0, y0, x1, y1 = _box(row, how["crop"], 2)
     size = x1 - x0, y1 - y0
     tick = Fraction(row["time_base"])
-    frames = _frames(path, row["start_pts"], row["end_pts"], limits)
+    frames = media.decoded(path, row["start_pts"], row["end_pts"], limits)
     opened = next(frames, None)
     if opened is None:
         raise MediaError("none of its frames can be decoded")
     video, first = opened
+    start, end = first.pts, row["end_pts"]
     graph = _graph(video, first, (x0, y0, *size), tick)
-    clock = _Clock(first.pts, row["end_pts"])
     with av.open(str(out), "w", format="mp4", options={"movflags": "faststart"}) as container:
         rate = Fraction(row["fps"] or 25).limit_denominator(100_000)
         stream: Any = container.add_stream("libx264", rate=rate)
@@ -374,40 +361,30 @@ def _encode(
         # No B-frames: mp4 keeps times in decoding order, and with them a clip of uneven frame
         # rate would not last as long as its frames do.
         stream.options = {"crf": str(how["crf"]), "preset": "fast", "bf": "0"} | STEADY
-        stream.time_base = stream.codec_context.time_base = tick
         context = stream.codec_context
+        stream.time_base = context.time_base = tick
+        count = last = 0
+
+        def write(packets: Sequence[Any]) -> None:
+            for packet in packets:
+                if packet.pts == last:  # the durations of the others follow from the times
+                    packet.duration = end - start - last
+                container.mux(packet)
+
         for _, frame in chain([opened], frames):
-            clock.see(frame.pts)
-            image = _filtered(graph, frame, first.pts, tick)
-            if clock.count == 1:
+            count, last = count + 1, frame.pts - start
+            frame.image.pts, frame.image.time_base = last, tick
+            graph.vpush(frame.image)
+            image = graph.vpull()
+            image.pict_type = 0  # the encoder decides for itself where key frames go
+            if count == 1:
                 for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
                     setattr(context, name, getattr(image, name))
-            container.mux(clock.timed(stream.encode(image)))
-        container.mux(clock.timed(stream.encode(None)))
-    if clock.count != row["frames"]:
-        raise MediaError(f"{clock.count} of its {row['frames']} frames could be decoded")
-    return first.pts, row["end_pts"], size
-
-
-class _Clock:
-    """Counts frames, and lets the last one last to the end of the clip.
-
-    The durations of the others follow from the times.
-    """
-
-    def __init__(self, start: int, end: int) -> None:
-        self.count = 0
-        self._start, self._end, self._last = start, end, start
-
-    def see(self, pts: int) -> None:
-        self.count += 1
-        self._last = pts
-
-    def timed(self, packets: Sequence[Any]) -> Sequence[Any]:
-        for packet in packets:
-            if packet.pts == self._last - self._start:
-                packet.duration = self._end - self._last
-        return packets
+            write(stream.encode(image))
+        write(stream.encode(None))
+    if count != row["frames"]:
+        raise MediaError(f"{count} of its {row['frames']} frames could be decoded")
+    return start, end, size
 
 
 def _graph(video: media.Video, first: media.Frame, box: tuple[int, ...], tick: Fraction) -> Any:
@@ -444,32 +421,3 @@ def _graph(video: media.Video, first: media.Frame, box: tuple[int, ...], tick: F
         one.link_to(after)
     graph.configure()
     return graph
-
-
-def _filtered(graph: Any, frame: media.Frame, start: int, tick: Fraction) -> Any:
-    image = frame.image
-    image.pts, image.time_base = frame.pts - start, tick
-    graph.vpush(image)
-    made = graph.vpull()
-    made.pict_type = 0  # the encoder decides for itself where key frames go
-    return made
-
-
-def _frames(
-    path: Path, start: int, end: int, limits: Limits
-) -> Iterator[tuple[media.Video, media.Frame]]:
-    """Frames with start <= PTS < end, as decoded; the video they are of with each."""
-    for seek in (True, False):
-        with media.open_video(path, limits) as video:
-            if seek and not video.seek(start):
-                continue
-            frames = video.frames()
-            first = next(frames, None)
-            if seek and (first is None or first.pts > start):
-                continue  # the index led past the span, or nowhere: from the beginning then
-            for frame in chain([first] if first else [], frames):
-                if frame.pts >= end:
-                    return
-                if frame.pts >= start:
-                    yield video, frame
-            return

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from unimodal.pipeline import caption, decide, dedup, score, watch
+from unimodal.pipeline import caption, decide, dedup, score, view, watch
 from unimodal.pipeline import stages as stages_of
 from unimodal.pipeline.again import look_again
 from unimodal.pipeline.captioning import describe
@@ -148,8 +148,7 @@ def dedup_rows(rows: Iterable[Row], settings: CurateSettings) -> Iterator[Row]:
     groups = dedup.group(_table(held), settings.dedup, _embeddings(held))
     found = {row["uid"]: row for row in groups.to_pylist()}
     for row in held:
-        group = found[row["uid"]]
-        yield {**row, "dup_group": group["dup_group"], "dup_rank": group["dup_rank"]}
+        yield {**row, **found[row["uid"]]}
 
 
 def decide_rows(rows: Iterable[Row], settings: CurateSettings) -> Iterator[Row]:
@@ -157,7 +156,7 @@ def decide_rows(rows: Iterable[Row], settings: CurateSettings) -> Iterator[Row]:
     held = list(rows)
     verdicts = decide.decide(_table(held), settings.decide).to_pylist()
     for row, judged in zip(held, verdicts, strict=True):
-        yield {**row, "verdict": judged["verdict"], "reasons": judged["reasons"]}
+        yield {**row, **judged}
 
 
 def caption_rows(
@@ -182,16 +181,10 @@ def caption_rows(
     uris = {uri for row in held for uri in (row["uri"], *(row.get("aliases") or ()))}
     sidecars = caption.find_sidecars(sorted(uris), settings.caption.sidecar)
     for row in held:
-        found: list[caption.Caption] = []
         names = (row["uri"], *(row.get("aliases") or ()))
-        for uri in names:
-            found += given.captions.get(uri, [])
-        for uri in names:
-            for path, _, _ in sidecars.get(uri, []):
-                try:
-                    found += caption.read_sidecar(path)
-                except (OSError, ValueError) as error:
-                    progress.note(f"{path}: {error}")
+        found, sick = view.captions_of(names, given, sidecars)
+        for path, why in sick.items():
+            progress.note(f"{path}: {why}")
         captions = caption.for_clip(found, row.get("start_s"), row.get("end_s"))
         own = said.get(row["uid"], [])
         captions = own + captions if settings.caption.first == "model" else captions + own

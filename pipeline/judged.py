@@ -38,14 +38,26 @@ class Judged:
         """The clips that it speaks of."""
         return "all clips" if self.rule.kind == "any" else f"{self.rule.kind}s"
 
+    @property
+    def dropped(self) -> int:
+        """Clips that it drops."""
+        return int(self.drops.sum())
+
+    @property
+    def judged(self) -> int:
+        """Clips that it could judge."""
+        return int((self.drops | self.passes).sum())
+
 
 def judge(clips: pa.Table, settings: decide.DecideSettings) -> list[Judged]:
-    """Hold the active rules against `clips` (columns of `clips.CLIPS`)."""
-    judgment = decide.judge(clips, settings)
+    """Hold the active rules against `clips`, which has uid, kind and any columns of `clips.CLIPS`.
+
+    Raises `UsageError` for a rule of the user's that does not evaluate.
+    """
+    with decide.opened(clips) as database:
+        held = decide.held(clips, settings, database)
     judged = []
-    for rule, keep, speaks, holds in zip(
-        judgment.rules, judgment.keeps, judgment.speaks, judgment.holds, strict=True
-    ):
+    for rule, keep, speaks, holds in held:
         # A rule of our own begins with the comparison, a user's must be no more than that.
         match = _THRESHOLD.fullmatch if rule.stage == "extra" else _THRESHOLD.match
         found = match(keep)
@@ -69,23 +81,39 @@ def judge(clips: pa.Table, settings: decide.DecideSettings) -> list[Judged]:
     return judged
 
 
+def advice(judged: Sequence[Judged], settings: decide.DecideSettings) -> list[str]:
+    """Sentences about rules that drop over 70 % of the clips they judge, or none at all."""
+    lines, idle = [], []
+    for one in judged:
+        rule = one.rule
+        if not one.judged:
+            continue
+        noun = "clip" if rule.kind == "any" else rule.kind
+        clips_judged = f"{one.judged:,} {noun}{'s' if one.judged > 1 else ''}"
+        # As on a command line.
+        named = ", ".join(f"decide.{name}={getattr(settings, name)}" for name in rule.settings)
+        if rule.stage == "extra":
+            named = f'decide.extra "{rule.kind}: {rule.keep}"'
+        if one.dropped > 0.7 * one.judged:
+            line = f"{named} drops {100 * one.dropped / one.judged:.0f} % of {clips_judged}"
+            if rule.score and rule != decide.DEDUP:
+                line += f": their median of {rule.score} is {np.nanmedian(one.values):.3g}"
+            lines.append(line)
+        elif not one.dropped and rule != decide.DEDUP:  # no near-duplicates are good news
+            idle.append(f"{named} (of {clips_judged})")
+    if idle:
+        lines.append(f"no clip is dropped by {', '.join(idle)}")
+    return lines
+
+
 def figures(clips: pa.Table, scores: Sequence[str]) -> dict[str, np.ndarray]:
     """Columns, and expressions over columns, as float64 [N]; NaN where they are null."""
     found = {}
-    expressions = []
-    for score in dict.fromkeys(scores):
-        if score in clips.column_names:
-            column = clips.column(score).cast(pa.float64())
-            found[score] = pc.fill_null(column, math.nan).to_numpy()
-        else:
-            expressions.append(score)
-    if expressions:
-        with decide.opened(clips) as database:
-            select = ", ".join(
-                f"coalesce(({score})::DOUBLE, 'nan') AS c{i}" for i, score in enumerate(expressions)
-            )
-            table = database.sql(f"SELECT row, {select} FROM clips").fetchnumpy()
-            for i, score in enumerate(expressions):
-                found[score] = np.full(clips.num_rows, math.nan)
-                found[score][table["row"]] = table[f"c{i}"]
+    with decide.opened(clips) as database:
+        for score in dict.fromkeys(scores):
+            if score in clips.column_names:
+                column = clips.column(score).cast(pa.float64())
+                found[score] = pc.fill_null(column, math.nan).to_numpy()
+            else:
+                found[score] = decide.evaluate(decide.as_number(score), database)
     return found

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unimodal.pipeline.clips import write_parquet
-from unimodal.pipeline.errors import UnimodalError, UsageError, full_disk
+from unimodal.pipeline.errors import UnimodalError, UsageError, telling_full_disk
 from unimodal.pipeline.export import VERSION, Exported, export_clips, write_lines
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
@@ -63,7 +63,7 @@ def export_dataset(
     scores = [field.name for field in chosen.schema if pa.types.is_floating(field.type)]
     given: dict[str, Any] = {"mode": "exact", "crop": crop, "crf": crf, "progress": progress}
     done = Exported(out)
-    try:
+    with telling_full_disk(out):
         out.mkdir(parents=True, exist_ok=True)
         if layout == "webdataset":
             return _tars(run, chosen, out, given, done)
@@ -77,8 +77,6 @@ def export_dataset(
                 if rows.num_rows:
                     _add(done, export_clips(run, folder, where=rows, **given))
                     _folder(folder, scores)
-    except OSError as error:
-        raise full_disk(error, out) or error from error
     done.out = out
     return done
 

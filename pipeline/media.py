@@ -33,20 +33,6 @@ from unimodal.pipeline.images import decode_image, is_image, open_pillow, probe_
 if TYPE_CHECKING:
     import av
 
-__all__ = [
-    "DEFAULT_LIMITS",
-    "Frame",
-    "Limits",
-    "Probe",
-    "Scaler",
-    "Video",
-    "iter_frames",
-    "open_image",
-    "open_video",
-    "probe",
-    "read_image",
-]
-
 VIDEO_FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,h264,hevc,ivf,yuv4mpegpipe,nut,dv,rm"
 )
@@ -252,20 +238,21 @@ def iter_frames(
     `MediaError`.
     """
     with fetch.local(str(uri), keep=True, tick=tick) as path:
-        yield from _span(path, start_pts, end_pts, size, limits, tick)
+        for video, frame in decoded(path, start_pts, end_pts, limits, tick):
+            shown = (video.probe.width, video.probe.height) if size is None else size[::-1]
+            yield frame.pts, video.upright(frame, shown, "rgb24")
 
 
-def _span(
+def decoded(
     path: Path,
     start_pts: int | None,
     end_pts: int | None,
-    size: tuple[int, int] | None,
     limits: Limits,
-    tick: fetch.Tick | None,
-) -> Iterator[tuple[int, np.ndarray]]:
+    tick: fetch.Tick | None = None,
+) -> Iterator[tuple[Video, Frame]]:
+    """Frames as `iter_frames` finds them, before they are brought upright; the video with each."""
     for seek in (start_pts is not None, False):
         with open_video(path, limits) as video:
-            shown = (video.probe.width, video.probe.height) if size is None else size[::-1]
             if seek and not video.seek(start_pts or 0):
                 continue
             frames = video.frames()
@@ -276,7 +263,7 @@ def _span(
                 if end_pts is not None and frame.pts >= end_pts:
                     return
                 if start_pts is None or frame.pts >= start_pts:
-                    yield frame.pts, video.upright(frame, shown, "rgb24")
+                    yield video, frame
                 elif tick is not None:
                     tick(1)
             return
@@ -311,6 +298,13 @@ def open_video(
             raise MediaError("a still image, not a video", path)
         yield Video(path, found, MILLISECOND, (found.width, found.height), 0, limits)
         return
+    with opened(path) as container:
+        yield _measure(path, container, limits, threads, tick)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[av.container.InputContainer]:
+    """A video's container, of the formats that may be; raises `MediaError` if it is none."""
     import av
 
     options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
@@ -319,11 +313,10 @@ def open_video(
         # and the like are no reason to refuse a film.
         container = av.open(f"file:{path}", options=options, metadata_errors="replace")
     except av.error.FFmpegError as error:
-        raise MediaError(f"not a video that can be read ({_short(error)})", path) from error
-    try:
-        yield _measure(path, container, limits, threads, tick)
-    finally:
-        container.close()
+        why = (error.strerror or str(error)).splitlines()[0].strip().rstrip(".")
+        raise MediaError(f"not a video that can be read ({why})", path) from error
+    with container:
+        yield container
 
 
 def _measure(
@@ -414,9 +407,3 @@ def _declared(container: Any, stream: Any) -> float | None:
             return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
         return whole if len(container.streams) == 1 else None
     return None
-
-
-def _short(error: Exception) -> str:
-    """The library's message without the path that it repeats."""
-    text = getattr(error, "strerror", None) or str(error)
-    return text.splitlines()[0].strip().rstrip(".")

@@ -1,9 +1,8 @@
 """Parts: the unit of work, of resume and of distribution.
 
 A part is a handful of sources, and its name is the hash of them (uri, size, modification time or
-etag).
-A run that is repeated keeps the parts it has; new and changed files go into new ones. So adding a
-video tomorrow costs one part, and finished work is found by name.
+etag). A run that is repeated keeps the parts it has; new and changed files go into new ones. So
+adding a video tomorrow costs one part, and finished work is found by name.
 """
 
 from __future__ import annotations
@@ -110,22 +109,17 @@ def digest(parts: Sequence[Part]) -> str:
 
 def write_parts(parts: Sequence[Part], path: Path) -> None:
     """Write parts.parquet: a row per source, copies included."""
-    rows = []
-    for part in parts:
-        for source in part.sources:
-            for item in (source, *source.copies):
-                rows.append(
-                    {
-                        "part": part.name,
-                        "uri": item.uri,
-                        "size": item.size,
-                        "mtime_ns": item.mtime_ns,
-                        "etag": item.etag,
-                        "sha256": item.sha256,
-                        "alias_of": None if item is source else source.uri,
-                        "members": part.members,
-                    }
-                )
+    rows = [
+        {
+            **{name: getattr(item, name) for name in ("uri", "size", "mtime_ns", "etag", "sha256")},
+            "part": part.name,
+            "alias_of": None if item is source else source.uri,
+            "members": part.members,
+        }
+        for part in parts
+        for source in part.sources
+        for item in (source, *source.copies)
+    ]
     write_parquet(table(rows, SCHEMA), path)
 
 
@@ -137,8 +131,7 @@ def read_parts(path: Path) -> list[Part]:
     members: dict[str, int] = {}
     rows = read_parquet(path).to_pylist()
     for row in rows:
-        size, time, etag = row["size"], row["mtime_ns"], row.get("etag")
-        source = Source(row["uri"], size, time, row["sha256"], etag=etag)
+        source = Source(row["uri"], row["size"], row["mtime_ns"], row["sha256"], etag=row["etag"])
         mine = sources.setdefault(row["part"], {})
         members[row["part"]] = row["members"]
         if row["alias_of"] is None:

@@ -77,13 +77,7 @@ class CurateSettings(Settings):
 
     def watch(self) -> WatchSettings:
         """The settings that the shared decode depends on."""
-        return WatchSettings(
-            cut=self.cut,
-            flow=self.flow,
-            light=self.light,
-            keyframes=self.keyframes,
-            limits=self.limits,
-        )
+        return WatchSettings(**{name: getattr(self, name) for name in WatchSettings.model_fields})
 
 
 PRESETS: dict[str, dict[str, Any]] = {

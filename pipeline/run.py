@@ -26,7 +26,7 @@ from unimodal.pipeline import caption, decide, view
 from unimodal.pipeline.captioning.describe import Open, prompt_of
 from unimodal.pipeline.clips import CLIPS, read_parquet
 from unimodal.pipeline.engine import choose
-from unimodal.pipeline.errors import UsageError, full_disk
+from unimodal.pipeline.errors import UsageError, telling_full_disk
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.inputs import list_inputs
 from unimodal.pipeline.lock import run_lock
@@ -85,17 +85,17 @@ class Run:
     @property
     def kept(self) -> int:
         """Clips that passed every rule."""
-        return int(pc.sum(pc.equal(self.clips.column("verdict"), "keep")).as_py() or 0)
+        return self.info["totals"]["kept"]
 
     @property
     def dropped(self) -> int:
         """Clips that some rule dropped."""
-        return self.clips.num_rows - self.kept
+        return self.info["totals"]["dropped"]
 
     @property
     def quarantined(self) -> int:
         """Rows of the quarantine table."""
-        return self.quarantine.num_rows
+        return self.info["totals"]["quarantined"]
 
     @cached_property
     def settings(self) -> CurateSettings:
@@ -159,8 +159,7 @@ def curate(
     _must_be_ours(out)
     given = caption.read_given(captions)
     begun = time.time()
-    with run_lock(out, progress), _disk(out):
-        sweep(out)
+    with _writing(out, progress):
         previous = read_parts(out / "parts.parquet")
         known = [source for part in previous for source in part.sources]
         listing = list_inputs(inputs, limit=limit, fraction=fraction, known=known, verify=verify)
@@ -206,8 +205,7 @@ def update(
     driver = Engine(choose(engine, address), workers, address)
     check(settings)
     path = run.path.absolute()
-    with run_lock(path, progress), _disk(path):
-        sweep(path)
+    with _writing(path, progress):
         parts = read_parts(path / "parts.parquet")
         given = caption.Given.read(path / "given.parquet")
         stages, asking = part_stages(settings), describing or Describing(ask=False)
@@ -284,12 +282,11 @@ def _edited(out: Path, previous: Sequence[Part], sources: Sequence[Any]) -> set[
 
 
 @contextmanager
-def _disk(out: Path) -> Iterator[None]:
-    """A full disk is one line for the user, wherever it is met."""
-    try:
+def _writing(out: Path, progress: Progress) -> Iterator[None]:
+    """Hold the run's lock; a full disk is one line for the user, wherever it is met."""
+    with telling_full_disk(out), run_lock(out, progress):
+        sweep(out)
         yield
-    except OSError as error:
-        raise full_disk(error, out) or error from error
 
 
 def _must_be_ours(out: Path) -> None:
@@ -308,8 +305,7 @@ def _captions(run: Run, work: Work) -> dict[str, Any]:
         return {}
     before = {}
     if (run.path / "run.json").exists():
-        before = run.info.get("captions", {})
-        del run.__dict__["info"]  # it is about to be another
+        before = Run(run.path).info.get("captions", {})
     same = before.get("folder") == store.folder.name
     last = work.told.get("last") or (before.get("last") if same else None)
     return {"captions": {"folder": store.folder.name, **store.totals(), "last": last}}

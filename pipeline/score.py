@@ -15,11 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from unimodal.pipeline.clips import read_parquet, table
-from unimodal.pipeline.errors import MediaError, UnimodalError, full_disk, reason
+from unimodal.pipeline.errors import MediaError, UnimodalError, reason, telling_full_disk
 from unimodal.pipeline.frames import Clip, read_clips
 from unimodal.pipeline.stage import PartFiles
 from unimodal.pipeline.tell import Tell
@@ -67,7 +68,7 @@ def score_part(
     tell.seconds(0.0)  # a model took its time to load: that was no stuck clip
     rows: list[dict[str, Any]] = []
     quarantined: list[dict[str, str]] = []
-    try:
+    with telling_full_disk(folder):
         waiting = read_clips(watched, part)
         while clips := list(islice(waiting, 1 if one_by_one else scorer.BATCH)):
             tell.begin(stage, clips[0].row["uid"])
@@ -79,8 +80,6 @@ def score_part(
                 tell.done(stage, clip.row["uid"], why)
         schema = pa.schema([pa.field("uid", pa.string(), nullable=False), *scorer.COLUMNS])
         PartFiles(folder, part).commit(table(rows, schema), quarantined)
-    except OSError as error:
-        raise full_disk(error, folder) or error from error
 
 
 def match_part(
@@ -98,32 +97,26 @@ def match_part(
     """
     tell = tell or Tell()
     tell.begin("match", part)
-    embeddings = read_parquet(PartFiles(embedded, part).rows, columns=["uid", "embedding"])
+    rows = read_parquet(PartFiles(embedded, part).rows, columns=["uid", "embedding"])
     texts = read_parquet(captions)
-    texts = texts.filter(pc.is_in(texts.column("uid"), embeddings.column("uid").combine_chunks()))
+    texts = texts.filter(pc.is_in(texts.column("uid"), rows.column("uid").combine_chunks()))
     first = first_texts(texts)
-    rows = {
-        row["uid"]: {"uid": row["uid"], "text_match": None, "of": text_digest(first[row["uid"]])}
-        for row in embeddings.select(["uid"]).to_pylist()
-        if row["uid"] in first
-    }
-    embeddings = embeddings.filter(pc.is_valid(embeddings.column("embedding")))
-    pairs = [row for row in embeddings.to_pylist() if row["uid"] in first]
-    cosines: list[float] = []
-    if pairs:
-        import numpy as np
-
-        vectors = np.asarray([row["embedding"] for row in pairs], np.float32)
-        compare = loaded("match", settings)
-        for at in range(0, len(pairs), 64):
-            some = slice(at, at + 64)
-            cosines += compare([first[row["uid"]] for row in pairs[some]], vectors[some])
-            tell.seconds(0.0)
-    for row, cosine in zip(pairs, cosines, strict=True):
-        rows[row["uid"]]["text_match"] = cosine
+    vectors = {row["uid"]: row["embedding"] for row in rows.to_pylist() if row["uid"] in first}
+    known = [uid for uid, vector in vectors.items() if vector is not None]
+    cosines: dict[str, float] = {}
+    for at in range(0, len(known), 64):
+        some = known[at : at + 64]
+        units = np.asarray([vectors[uid] for uid in some], np.float32)
+        found = loaded("match", settings)([first[uid] for uid in some], units)
+        cosines |= zip(some, found, strict=True)
+        tell.seconds(0.0)
     columns = [pa.field("uid", pa.string(), nullable=False), *module("match").COLUMNS]
     schema = pa.schema([*columns, pa.field("of", pa.string())])
-    PartFiles(folder, part).commit(table(rows.values(), schema), [])
+    compared = (
+        {"uid": uid, "text_match": cosines.get(uid), "of": text_digest(first[uid])}
+        for uid in vectors
+    )
+    PartFiles(folder, part).commit(table(compared, schema), [])
     tell.done("match", part, "")
 
 

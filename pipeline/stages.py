@@ -12,11 +12,10 @@ others look at all clips at once. A stage whose weights are missing is left out,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from unimodal.pipeline import decide, dedup, score, watch
+from unimodal.pipeline import score, watch
 from unimodal.pipeline.errors import UsageError
 from unimodal.pipeline.stage import Stage
 
@@ -77,21 +76,3 @@ def why_not(name: str, settings: CurateSettings) -> str | None:
     if why and getattr(own, "weights", None):
         raise UsageError(f"{name}: {why}")
     return why
-
-
-def dedup_stage(stages: Stages, settings: CurateSettings, live: str) -> Stage:
-    """The stage that groups near-duplicates among the live parts (`live`: their digest)."""
-    reads = tuple(stage.folder for stage in stages.by_part if stage.name not in ("text", "nsfw"))
-    return Stage("dedup", dedup.VERSION, settings.dedup.digest(), (*reads, live))
-
-
-def match_stage(stages: Stages, settings: CurateSettings, captions: Stage) -> Stage:
-    """The stage that compares captions with embeddings."""
-    reads = (stages.folders["embed"], captions.folder)
-    return Stage("match", score.module("match").VERSION, settings.embed.digest(), reads)
-
-
-def decide_stage(settings: CurateSettings, live: str, before: Sequence[Stage]) -> Stage:
-    """The stage that applies the thresholds, after all the others."""
-    reads = tuple(stage.folder for stage in before)
-    return Stage("decide", decide.VERSION, settings.decide.digest(), (*reads, live))

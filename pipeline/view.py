@@ -101,21 +101,17 @@ def with_captions(
     )
     for part in parts:
         for source in part.sources:
-            found: list[caption.Caption] = []
             names = (source.uri, *aliases.get(source.uri, source.aliases))
             for uri in names:
-                found += given.captions.get(uri, [])
                 if uri in given.meta:
                     meta.setdefault(source.uri, given.meta[uri])
-            for uri in names:
-                for path, _, _ in sidecars.get(uri, []):
-                    try:
-                        found += caption.read_sidecar(path)
-                    except (OSError, ValueError) as error:
-                        reason = f"{unread}{error}"
-                        sick.append({"uri": path, "stage": "caption", "reason": reason})
+            found, unreadable = captions_of(names, given, sidecars)
             if found:
                 texts[source.uri] = found
+            sick += [
+                {"uri": path, "stage": "caption", "reason": unread + why}
+                for path, why in unreadable.items()
+            ]
     kinds = pa.list_(CAPTION), CLIPS.field("meta").type
     columns = [_empty_lists(clips.num_rows, kind) for kind in kinds]
     if texts:
@@ -130,6 +126,20 @@ def with_captions(
         columns[1] = pa.array([list(meta.get(uri, {}).items()) for uri in uris], type=kinds[1])
     clips = clips.append_column("captions", columns[0])
     return clips.append_column("meta", columns[1]), sick
+
+
+def captions_of(
+    uris: Sequence[str], given: caption.Given, sidecars: Sidecars
+) -> tuple[list[caption.Caption], dict[str, str]]:
+    """What people say of a source that lies at all of `uris`; and sidecars that are sick: why."""
+    found = [said for uri in uris for said in given.captions.get(uri, ())]
+    sick = {}
+    for path in (path for uri in uris for path, _, _ in sidecars.get(uri, ())):
+        try:
+            found += caption.read_sidecar(path)
+        except (OSError, ValueError) as error:
+            sick[path] = str(error)
+    return found, sick
 
 
 def quarantined(folders: Sequence[Path], parts: Sequence[Part]) -> list[dict[str, str]]:

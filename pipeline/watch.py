@@ -11,15 +11,15 @@ import json
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from unimodal.pipeline import fetch, media
 from unimodal.pipeline.bounds import Limits, Probe
 from unimodal.pipeline.clips import WATCH, clip_uid, image_uid, table
-from unimodal.pipeline.errors import MediaError, full_disk, reason
-from unimodal.pipeline.framepass import watch_frames
+from unimodal.pipeline.errors import MediaError, full_disk, reason, telling_full_disk
+from unimodal.pipeline.framepass import Observer, watch_frames
 from unimodal.pipeline.images import is_image, probe_image
 from unimodal.pipeline.inputs import Source, sha256_of
 from unimodal.pipeline.observers.cut import Cuts, CutSettings, spans
@@ -41,6 +41,34 @@ class WatchSettings(Settings):
     light: LightSettings = LightSettings()
     keyframes: KeyframeSettings = KeyframeSettings()
     limits: Limits = Limits()
+
+
+class Looks:
+    """The observers of one source that measure, and what they say of a span of it."""
+
+    def __init__(self, settings: WatchSettings, spool: IO[bytes]) -> None:
+        self._flow, self._flicker = Flow(settings.flow), Flicker(settings.light)
+        self._light, self.keyframes = Light(settings.light), Keyframes(settings.keyframes, spool)
+
+    @property
+    def observers(self) -> list[Observer]:
+        """All of them, for the pass."""
+        return [self._flow, self._flicker, self._light, self.keyframes]
+
+    def columns(self, start_pts: int, end_pts: int, shown: Probe) -> dict[str, Any]:
+        """The columns of a span of a video: the box inside its bars, and `clips.SCORES`."""
+        return {
+            **self._light.crop(start_pts, end_pts, shown.width, shown.height),
+            **self._flow.columns(start_pts, end_pts),
+            **self._flicker.columns(start_pts, end_pts),
+            **self._light.columns(start_pts, end_pts),
+        }
+
+    def still(self, image: media.Video) -> dict[str, Any]:
+        """Look at an image: those of its columns that a picture without time has."""
+        watch_frames(image, self.observers)
+        found = {**self._flicker.columns(0, 1), **self._light.columns(0, 1)}
+        return {name: found[name] for name in ("luma_mean", "contrast", "blur", "colorfulness")}
 
 
 @dataclass(frozen=True)
@@ -67,29 +95,26 @@ def watch_part(
     folder.mkdir(parents=True, exist_ok=True)
     clips: list[_Clip] = []
     quarantined: list[dict[str, str]] = []
-    try:
-        # Without a name on disk, the spool is gone when the process is, however that ends.
-        with tempfile.TemporaryFile(dir=folder) as spool:
-            for source in sorted(sources):
-                tell.begin("watch", source.uri)
-                why = ""
-                try:
-                    if source.uri in poison:
-                        raise MediaError(poison[source.uri])
-                    clips += _watch_source(source, settings, spool, tell, threads)
-                except Exception as error:
-                    if full_disk(error, folder):
-                        raise
-                    why = reason(error)
-                    quarantined.append(
-                        {"uri": source.uri, "stage": "watch", "reason": why, "part": part}
-                    )
-                tell.done("watch", source.uri, why)
-            rows = table((clip.row for clip in clips), WATCH)
-            files = PartFiles(folder, part)
-            files.commit(rows, quarantined, lambda path: _write_frames(clips, spool, path))
-    except OSError as error:
-        raise full_disk(error, folder) or error from error
+    # Without a name on disk, the spool is gone when the process is, however that ends.
+    with telling_full_disk(folder), tempfile.TemporaryFile(dir=folder) as spool:
+        for source in sorted(sources):
+            tell.begin("watch", source.uri)
+            why = ""
+            try:
+                if source.uri in poison:
+                    raise MediaError(poison[source.uri])
+                clips += _watch_source(source, settings, spool, tell, threads)
+            except Exception as error:
+                if full_disk(error, folder):
+                    raise
+                why = reason(error)
+                quarantined.append(
+                    {"uri": source.uri, "stage": "watch", "reason": why, "part": part}
+                )
+            tell.done("watch", source.uri, why)
+        rows = table((clip.row for clip in clips), WATCH)
+        files = PartFiles(folder, part)
+        files.commit(rows, quarantined, lambda path: _write_frames(clips, spool, path))
 
 
 def _watch_source(
@@ -101,54 +126,41 @@ def _watch_source(
     with fetch.local(source.uri, listed=source, tick=alive) as path:
         image = is_image(path)
         digest = source.sha256 or sha256_of(path, alive)
+        whose = {"uri": source.uri, "source_sha256": digest}
         if image:
             found = probe_image(path, settings.limits)
             if found.kind == "image":
-                return [_image(source, path, digest, found, settings, spool)]
-        return _video(source, path, digest, settings, spool, tell, threads)
+                return [_image(whose, path, found, settings, spool)]
+        with media.open_video(path, settings.limits, threads) as video:
+            return _video(whose, video, settings, spool, tell)
 
 
 def _image(
-    source: Source,
-    path: Path,
-    digest: str,
-    found: Probe,
-    settings: WatchSettings,
-    spool: IO[bytes],
+    whose: Mapping[str, str], path: Path, found: Probe, settings: WatchSettings, spool: IO[bytes]
 ) -> _Clip:
-    still = media.open_image(path, found, settings.limits)
-    flicker, light = Flicker(settings.light), Light(settings.light)
-    keyframes = Keyframes(settings.keyframes, spool)
-    watch_frames(still, [flicker, light, keyframes])
-    measured = {**flicker.columns(0, 1), **light.columns(0, 1)}
+    still, looks = media.open_image(path, found, settings.limits), Looks(settings, spool)
     row = {
-        "uid": image_uid(digest),
-        "uri": source.uri,
-        "source_sha256": digest,
+        "uid": image_uid(whose["source_sha256"]),
+        **whose,
         "kind": "image",
         "width": still.probe.width,
         "height": still.probe.height,
         "codec": found.codec,
-        **{name: measured[name] for name in ("luma_mean", "contrast", "blur", "colorfulness")},
+        **looks.still(still),
     }
-    return _with_samples(row, keyframes.choose(0, 1))
+    return _with_samples(row, looks.keyframes.choose(0, 1))
 
 
 def _video(
-    source: Source,
-    path: Path,
-    digest: str,
+    whose: Mapping[str, str],
+    video: media.Video,
     settings: WatchSettings,
     spool: IO[bytes],
     tell: Tell,
-    threads: int,
 ) -> list[_Clip]:
-    with media.open_video(path, settings.limits, threads) as video:
-        found = video.probe
-        cut = Cuts(settings.cut, video.time_base, found.fps)
-        flow, flicker, light = Flow(settings.flow), Flicker(settings.light), Light(settings.light)
-        keyframes = Keyframes(settings.keyframes, spool)
-        timeline = watch_frames(video, [cut, flow, flicker, light, keyframes], tell.seconds)
+    found, looks = video.probe, Looks(settings, spool)
+    cut = Cuts(settings.cut, video.time_base, found.fps)
+    timeline = watch_frames(video, [cut, *looks.observers], tell.seconds)
     total_s = timeline.seconds(timeline.end_pts)
     fps = len(timeline.pts) / total_s
     if found.fps and abs(found.fps - fps) < 0.1 * fps:
@@ -157,9 +169,8 @@ def _video(
     for span in spans(timeline, cut.cuts(timeline), settings.cut):
         start, end = span.start_pts, span.end_pts
         row = {
-            "uid": clip_uid(digest, start, end, timeline.time_base),
-            "uri": source.uri,
-            "source_sha256": digest,
+            "uid": clip_uid(whose["source_sha256"], start, end, timeline.time_base),
+            **whose,
             "kind": "video",
             "start_s": timeline.seconds(start),
             "end_s": timeline.seconds(end),
@@ -169,19 +180,16 @@ def _video(
             "time_base": f"{timeline.time_base.numerator}/{timeline.time_base.denominator}",
             "starts_at": span.starts_at,
             "ends_at": span.ends_at,
-            "start_cut": span.start_cut and span.start_cut.row(),
-            "end_cut": span.end_cut and span.end_cut.row(),
+            "start_cut": span.start_cut and asdict(span.start_cut),
+            "end_cut": span.end_cut and asdict(span.end_cut),
             "width": found.width,
             "height": found.height,
             "fps": fps,
             "frames": timeline.count(start, end),
             "codec": found.codec,
-            **light.crop(start, end, found.width, found.height),
-            **flow.columns(start, end),
-            **flicker.columns(start, end),
-            **light.columns(start, end),
+            **looks.columns(start, end, found),
         }
-        clips.append(_with_samples(row, keyframes.choose(start, end)))
+        clips.append(_with_samples(row, looks.keyframes.choose(start, end)))
     return clips
 
 

@@ -1,14 +1,36 @@
-"""Which rows of a table hold for a condition that a user wrote: SQL, and nothing but the table."""
+"""Conditions that a user wrote over the rows of a table: SQL, and nothing but the table."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from unimodal.pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+
+@contextmanager
+def locked(**tables: pa.Table) -> Iterator[DuckDBPyConnection]:
+    """A database that holds these tables, and no way out of it."""
+    import duckdb
+
+    # Conditions come from scripts and settings of strangers: no files, no extensions.
+    config: dict[str, Any] = {
+        "enable_external_access": "false",
+        "temp_directory": "",
+        "lock_configuration": "true",
+    }
+    with duckdb.connect(":memory:", config=config) as database:
+        for name, table in tables.items():
+            database.register(name, table)
+        yield database
 
 
 def rows_where(table: pa.Table, where: str, name: str) -> pa.Array:
@@ -19,10 +41,8 @@ def rows_where(table: pa.Table, where: str, name: str) -> pa.Array:
     """
     import duckdb
 
-    # A condition may come from a stranger's script: no files, no extensions.
-    config: dict[str, Any] = {"enable_external_access": "false", "lock_configuration": "true"}
-    with duckdb.connect(":memory:", config=config) as database:
-        database.register(name, table.append_column("__row", pa.array(range(table.num_rows))))
+    numbered = table.append_column("__row", pa.array(range(table.num_rows)))
+    with locked(**{name: numbered}) as database:
         try:
             rows = database.sql(f"SELECT __row FROM {name} WHERE ({where}\n) ORDER BY __row")
             return rows.to_arrow_table().column("__row").combine_chunks()

@@ -145,19 +145,15 @@ def _clip(run: Run, row: int) -> dict[str, Any]:
 
 def _rules(run: Run, clip: Mapping[str, Any]) -> list[dict[str, Any]]:
     # The last rule compares near-duplicates: the group is judged as a whole.
-    column, name = ("uid", clip["uid"]) if clip["dup_group"] is None else ("dup_group", None)
-    name = name or clip["dup_group"]
-    together = run.clips.filter(pc.equal(run.clips.column(column), name))
+    column = "uid" if clip["dup_group"] is None else "dup_group"
+    together = run.clips.filter(pc.equal(run.clips.column(column), clip[column]))
     row = together.column("uid").to_pylist().index(clip["uid"])
     settings = build(DecideSettings, run.info["settings"]["decide"])
     rows = []
     for judged in judge(together, settings):
+        result = "fail" if judged.drops[row] else "pass" if judged.passes[row] else "not measured"
         if not judged.speaks[row]:
             result = f"speaks of {judged.about} only"
-        else:
-            result = (
-                "fail" if judged.drops[row] else "pass" if judged.passes[row] else "not measured"
-            )
         value = float(judged.values[row])
         rows.append(
             {
@@ -200,11 +196,9 @@ def _stages(run: Run, part: str) -> list[dict[str, Any]]:
     settings = run.info["settings"]
     rows = []
     for stage, folder in run.info["stages"].items():
-        names = (
-            f"{part}.parquet",
-            *(p.name for p in sorted((run.path / folder).glob("*.parquet"))),
-        )
-        files = [folder + "/" + name for name in names if (run.path / folder / name).exists()]
+        # Its own file where the stage works part by part, else the one of all parts.
+        files = [f"{part}.parquet", *sorted(p.name for p in (run.path / folder).glob("*.parquet"))]
+        files = [f"{folder}/{name}" for name in files if (run.path / folder / name).exists()]
         rows.append(
             {
                 "stage": stage,

@@ -29,7 +29,7 @@ from unimodal.pipeline.parts import Part, digest
 from unimodal.pipeline.presets import CurateSettings
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.stage import PartFiles, Stage
-from unimodal.pipeline.stages import Stages, decide_stage, dedup_stage, match_stage
+from unimodal.pipeline.stages import Stages
 from unimodal.pipeline.tell import Tell
 from unimodal.pipeline.worker import Job, Step
 
@@ -102,6 +102,7 @@ def joint(work: Work, state: str, sidecars: view.Sidecars | None = None) -> Join
         settings.caption.beside(),
         (stages.watch.folder, live, lying, work.given.digest()),
     )
+    reads: tuple[str, ...]
     described = None
     compared = captions  # what match is of; those of a model may grow in their folder
     if settings.caption.by_model:
@@ -109,11 +110,17 @@ def joint(work: Work, state: str, sidecars: view.Sidecars | None = None) -> Join
         reads = (captions.folder, described.folder)
         compared = Stage("caption", caption.VERSION, settings.caption.first, reads)
         captions = Stage("caption", caption.VERSION, settings.caption.first, (*reads, state))
-    matches = None if "match" in stages.skipped else match_stage(stages, settings, compared)
-    groups = None if "dedup" in stages.skipped else dedup_stage(stages, settings, live)
+    matches = groups = None
+    if "match" not in stages.skipped:
+        reads = (stages.folders["embed"], compared.folder)
+        matches = Stage("match", score.module("match").VERSION, settings.embed.digest(), reads)
+    if "dedup" not in stages.skipped:
+        reads = (*(s.folder for s in stages.by_part if s.name not in ("text", "nsfw")), live)
+        groups = Stage("dedup", dedup.VERSION, settings.dedup.digest(), reads)
     others = [s for s in (described, matches, groups) if s is not None]
     before = [*stages.by_part, captions, *others]
-    verdicts = decide_stage(settings, live, before)
+    reads = (*(stage.folder for stage in before), live)
+    verdicts = Stage("decide", decide.VERSION, settings.decide.digest(), reads)
     folders = {stage.name: stage.folder for stage in (*before, verdicts)}
     return Joint(captions, described, matches, groups, verdicts, sidecars, folders)
 

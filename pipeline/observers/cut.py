@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -59,10 +60,6 @@ class Evidence:
     score: float  # ratio | gray levels | mean gray level | straightness
     threshold: float
 
-    def row(self) -> dict[str, Any]:
-        """As a struct of a table."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -89,22 +86,6 @@ class Span:
     end_cut: Evidence | None = None
 
 
-class _Means:
-    """Stands in for PySceneDetect's StatsManager, which keeps a dictionary per frame: tells the
-    ThresholdDetector what it wants to know, and remembers it in 8 bytes."""
-
-    def __init__(self) -> None:
-        self.values = array("d")
-
-    def metrics_exist(self, timecode: object, keys: Iterable[str]) -> bool:
-        """The frame's mean is always there."""
-        return True
-
-    def get_metrics(self, timecode: object, keys: Iterable[str]) -> list[float]:
-        """Mean of all samples of the newest frame, 0 to 255."""
-        return [self.values[-1]]
-
-
 class Cuts:
     """Observer that runs the detectors."""
 
@@ -122,7 +103,7 @@ class Cuts:
         self._found: dict[str, list[Any]] = {"adaptive": [], "content": [], "fade": []}
         self._detectors: dict[str, Any] = {}
         self._changes = array("d")  # ContentDetector's score of every frame
-        self._means = _Means()
+        self._means = array("d")  # of all samples of every frame, 0 to 255
         self._dissolves = Dissolves(settings.dissolve) if settings.dissolve > 0 else None
         if settings.adaptive > 0:
             self._detectors["adaptive"] = AdaptiveDetector(
@@ -139,7 +120,11 @@ class Cuts:
             self._detectors["fade"] = ThresholdDetector(
                 threshold=settings.fade, min_scene_len=settings.min_scene_s
             )
-            self._detectors["fade"].stats_manager = self._means
+            # Its own StatsManager keeps a dictionary per frame: 8 bytes will do.
+            self._detectors["fade"].stats_manager = SimpleNamespace(
+                metrics_exist=lambda timecode, keys: True,
+                get_metrics=lambda timecode, keys: [self._means[-1]],
+            )
 
     def see(self, index: int, pts: int, seconds: float, images: Sequence[np.ndarray]) -> None:
         """Feed one frame, BGR uint8 [H, W, 3], to every detector."""
@@ -151,7 +136,7 @@ class Cuts:
             self._first = pts
         time = FrameTimecode(Timecode(pts - self._first, self._time_base), fps=self._rate)
         self._last = time
-        self._means.values.append(sum(cv2.sumElems(image)) / image.size)
+        self._means.append(sum(cv2.sumElems(image)) / image.size)
         for name, detector in self._detectors.items():
             self._found[name] += detector.process_frame(time, image)
         changing = self._detectors.get("adaptive") or self._detectors.get("content")
@@ -200,7 +185,7 @@ class Cuts:
         if name == "adaptive":
             ratio = adaptive_ratio(self._changes, index, settings.window)
             return Cut(pts, pts, pts, Evidence(name, ratio, settings.adaptive))
-        means = np.asarray(self._means.values)
+        means = np.asarray(self._means)
         first, last = fade_extent(means, index, timeline, settings.fade)
         seen = Evidence(name, float(means[index]), float(settings.fade))
         return Cut(pts, int(timeline.pts[first]), int(timeline.pts[last]), seen)
@@ -290,15 +275,7 @@ def _split(span: Span, timeline: Timeline, settings: CutSettings) -> list[Span]:
     if pieces <= 1:
         return [span]
     at = [span.start_pts + ticks * i // pieces for i in range(pieces + 1)]
-    last = pieces - 1
-    return [
-        Span(
-            at[i],
-            at[i + 1],
-            span.starts_at if i == 0 else "split",
-            span.ends_at if i == last else "split",
-            span.start_cut if i == 0 else None,
-            span.end_cut if i == last else None,
-        )
-        for i in range(pieces)
-    ]
+    split = [Span(a, b, "split", "split") for a, b in pairwise(at)]
+    split[0] = replace(split[0], starts_at=span.starts_at, start_cut=span.start_cut)
+    split[-1] = replace(split[-1], ends_at=span.ends_at, end_cut=span.end_cut)
+    return split

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from unimodal.pipeline import decide
 from unimodal.pipeline.clips import read_parquet
-from unimodal.pipeline.judged import Judged, judge
+from unimodal.pipeline.judged import Judged, advice, judge
 from unimodal.pipeline.observers.keyframes import even
 from unimodal.pipeline.report.pictures import Member, Pictures, draw
 from unimodal.pipeline.settings import build
@@ -82,8 +82,8 @@ class Facts:
 
     @cached_property
     def advice(self) -> list[str]:
-        """What `decide` says of rules that drop almost all, or nothing."""
-        return decide.advice(decide.waterfall(self.clips, self.settings), self.settings)
+        """What there is to say of rules that drop almost all, or nothing."""
+        return advice(self.rules, self.settings)
 
     @cached_property
     def folder(self) -> str:

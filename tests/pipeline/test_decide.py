@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -14,14 +15,12 @@ from unimodal.pipeline.decide import (
     DEDUP,
     RULES,
     DecideSettings,
-    advice,
     decide,
-    judge,
     rules,
-    waterfall,
     what_if,
 )
 from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.judged import advice, judge
 from unimodal.pipeline.presets import PRESETS, CurateSettings
 from unimodal.pipeline.settings import build
 
@@ -239,7 +238,7 @@ def test_a_rule_of_the_users_that_fails_on_a_row_is_named() -> None:
     assert _verdicts(odd, GOOD) == [("keep", [])]
 
 
-def test_the_waterfall_counts_what_each_rule_drops_alone() -> None:
+def test_every_rule_counts_the_clips_that_it_speaks_of_judges_and_drops() -> None:
     rows = [
         GOOD,
         {**GOOD, "flow_mean": 0.5},
@@ -248,25 +247,26 @@ def test_the_waterfall_counts_what_each_rule_drops_alone() -> None:
         {"kind": "image", "width": 900, "height": 900, "luma_mean": 3.0},
     ]
     clips = _clips(*rows)
-    tolls = {toll.keep: toll for toll in waterfall(clips, DecideSettings())}
-    fast, dark = tolls["flow_mean <= 0.1"], tolls["luma_mean >= 16.0"]
-    assert (fast.spoken, fast.nulls, fast.dropped, fast.alone) == (4, 0, 2, 1)
-    assert (dark.spoken, dark.nulls, dark.dropped, dark.alone) == (4, 1, 1, 0)
-    assert fast.median == pytest.approx((0.02 + 0.5) / 2)
+    found = {one.keep: one for one in judge(clips, DecideSettings())}
+    fast, dark = found["flow_mean <= 0.1"], found["luma_mean >= 16.0"]
+    assert (fast.speaks.sum(), fast.judged, fast.dropped) == (4, 4, 2)
+    assert (dark.speaks.sum(), dark.judged, dark.dropped) == (4, 3, 1)
+    assert np.nanmedian(fast.values) == pytest.approx((0.02 + 0.5) / 2)
     assert fast.rule.settings == ("flow_max",)
-    nsfw = tolls["nsfw <= 0.5"]
-    assert (nsfw.spoken, nsfw.judged, nsfw.dropped, nsfw.median) == (5, 0, 0, None)
+    nsfw = found["nsfw <= 0.5"]
+    assert (nsfw.speaks.sum(), nsfw.judged, nsfw.dropped) == (5, 0, 0)
+    assert np.isnan(nsfw.values).all()
     # The same counts come out of the verdicts.
     reasons = [r for row in decide(clips, DecideSettings()).to_pylist() for r in row["reasons"]]
-    assert sum(toll.dropped for toll in tolls.values()) == len(reasons)
-    judgment = judge(clips, DecideSettings())
-    assert judgment.holds.shape == judgment.speaks.shape == (len(tolls), len(rows))
-    assert set(judgment.holds[~judgment.speaks]) == {-1}
-    assert judgment.rules[-1] == DEDUP
+    assert sum(one.dropped for one in found.values()) == len(reasons)
+    for one in found.values():
+        assert one.drops.shape == one.passes.shape == one.speaks.shape == (len(rows),)
+        assert not (one.drops | one.passes)[~one.speaks].any()
+    assert list(found.values())[-1].rule == DEDUP
 
 
 def _advice(clips: pa.Table, settings: DecideSettings) -> list[str]:
-    return advice(waterfall(clips, settings), settings)
+    return advice(judge(clips, settings), settings)
 
 
 def test_advice_speaks_of_rules_that_drop_most_or_nothing() -> None:

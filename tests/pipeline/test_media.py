@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from unimodal.pipeline import media
+from unimodal.pipeline.bounds import Limits
 from unimodal.pipeline.errors import MediaError
 
 
@@ -183,10 +184,10 @@ def test_a_name_that_looks_like_a_protocol_is_a_file(tmp_path: Path, bikes: Path
 
 def test_a_video_frame_over_the_limit_is_refused(bikes: Path) -> None:
     with pytest.raises(MediaError, match="640x272 pixels are over the limit"):
-        media.probe(bikes, media.Limits(max_video_pixels=100_000))
+        media.probe(bikes, Limits(max_video_pixels=100_000))
     with (
         pytest.raises(MediaError, match="more than 10 frames"),
-        media.open_video(bikes, media.Limits(max_frames=10)) as video,
+        media.open_video(bikes, Limits(max_frames=10)) as video,
     ):
         list(video.frames())
 

@@ -38,7 +38,7 @@ from unimodal.tokenize.vision.pixels import area_size, resize, to_pixels, to_uin
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unimodal.tokenize.vision import VisionTokenizer
+    from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 
 PHOTOGRAPHS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png"),
@@ -266,7 +266,7 @@ def record(name: str, tokenizer: VisionTokenizer, groups: dict[str, list[Quality
 
 def main() -> None:
     """Print the tables or JSON, and write pictures if asked."""
-    from unimodal.tokenize.vision import VisionTokenizer
+    from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -22,14 +22,7 @@ from unimodal.pipeline.errors import MediaError, reason
 from unimodal.tokenize.corpora import Draft, RowUnit, drafts, finite
 from unimodal.tokenize.document import Image, Piece, Text, parts_length
 from unimodal.tokenize.pictures import fit, image_pixels, video_pixels
-from unimodal.tokenize.plan import (
-    Unit,
-    Window,
-    score_columns,
-    split_of,
-    window_captions,
-    windows,
-)
+from unimodal.tokenize.plan import Unit, Window, captions_of, score_columns, split_of, windows
 from unimodal.tokenize.shards import Sample
 
 if TYPE_CHECKING:
@@ -93,10 +86,6 @@ def _sample(work: Work, window: Window, codes: np.ndarray) -> Sample:
     """The window with its codes [T, H/8, W/8] and everything that is known of its clip."""
     clip, setup = window.clip, work.setup
     start, end = window.span()
-    captions = [
-        {**caption, "tokens": len(setup.vocabulary.text.encode(caption["text"]))}
-        for caption in window_captions(window)
-    ]
     return Sample(
         key=window.key,
         uid=clip["uid"],
@@ -107,7 +96,7 @@ def _sample(work: Work, window: Window, codes: np.ndarray) -> Sample:
         fps=None if window.fps is None else float(window.fps),
         start_s=start,
         end_s=end,
-        captions=captions,
+        captions=captions_of(clip.get("captions"), start, end, setup.vocabulary),
         scores={name: finite(clip[name]) for name in score_columns(setup.clips.schema)},
         meta=dict(clip.get("meta") or []),
     )

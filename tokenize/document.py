@@ -131,7 +131,8 @@ def _layout(task: str, roles: Sequence[str]) -> Iterator[tuple[int | Text | End,
     """Pieces by number, and what the template puts between them, each with whether a target."""
     if task not in ROLES:
         raise DocumentError(f"no task is called {task}: there are {', '.join(ROLES)}")
-    turns = [(role, [i for i, _ in some]) for role, some in groupby(enumerate(roles), _role)]
+    numbered = groupby(enumerate(roles), lambda one: one[1])
+    turns = [(role, [i for i, _ in some]) for role, some in numbered]
     said, known = [role for role, _ in turns], ROLES[task]
     if task == "chat":
         good = said == list(known) * (len(said) // 2)
@@ -149,10 +150,6 @@ def _layout(task: str, roles: Sequence[str]) -> Iterator[tuple[int | Text | End,
             yield Text(". ASSISTANT:"), False
         elif role == "assistant" and number + 1 < len(turns):  # the last one's is the document's
             yield End(), True
-
-
-def _role(numbered: tuple[int, str]) -> str:
-    return numbered[1]
 
 
 def write(
@@ -181,23 +178,23 @@ def parts_length(task: str, segments: Sequence[Mapping[str, Any]], vocabulary: V
 
     Each has kind, role, and its counts: tokens of a text; frames, height, width and fps else.
     """
-    total = 2  # BOS, EOS
-    for at, _ in _layout(task, [segment["role"] for segment in segments]):
-        if isinstance(at, End):
-            total += 1
-        elif isinstance(at, Text):
-            total += len(vocabulary.text.encode(at.text))
-        else:
-            total += segment_length(segments[at], vocabulary)
-    return total
+    around = _around(task, tuple(segment["role"] for segment in segments), vocabulary)
+    return around + sum(segment_length(segment, vocabulary) for segment in segments)
+
+
+@lru_cache(maxsize=1024)
+def _around(task: str, roles: tuple[str, ...], vocabulary: Vocabulary) -> int:
+    """Number of ids around the pieces of a document: BOS, EOS and what the template puts there."""
+    parts = [at for at, _ in _layout(task, roles) if not isinstance(at, int)]
+    return len(serialize(parts, vocabulary))
 
 
 def segment_length(segment: Mapping[str, Any], vocabulary: Vocabulary) -> int:
-    """Number of ids of one of the index's `segments`."""
+    """Number of ids of one of the index's `segments`, or of the codes of one of its rows."""
     if segment["kind"] == "text":
         return int(segment["tokens"])
     moving = (segment["frames"], segment["fps"]) if segment["kind"] == "video" else ()
-    return block_length(vocabulary, segment["height"], segment["width"], *moving)
+    return _block_length(vocabulary, segment["height"], segment["width"], *moving)
 
 
 def generation(caption: str, vision: Image | Video) -> list[Segment]:
@@ -233,6 +230,9 @@ def block_length(
     """Number of ids in a vision block, without building it."""
     meta = vocabulary.text.encode(meta_text(height, width, frames, fps))
     return len(meta) + 3 + (frames or 1) * (height * (width + 1) + 1)
+
+
+_block_length = lru_cache(maxsize=1024)(block_length)
 
 
 def block_template(

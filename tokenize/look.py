@@ -28,11 +28,11 @@ from unimodal.pipeline.report.charts import histogram
 from unimodal.pipeline.report.sheet import check_ours, data, document, figure, png
 from unimodal.pipeline.report.words import count, cut_off, share, table
 from unimodal.tokenize.device import out_of_memory
-from unimodal.tokenize.document import Text, parts_length
+from unimodal.tokenize.document import Text, parts_length, segment_length
 from unimodal.tokenize.pictures import image_pixels, video_pixels
 from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings, Window, windows
 from unimodal.tokenize.shards import Shards
-from unimodal.tokenize.stats import SIZE, Statistics, size_length
+from unimodal.tokenize.stats import SIZE, Statistics
 from unimodal.tokenize.unit import exact_arithmetic
 from unimodal.tokenize.vocabulary import Vocabulary
 
@@ -270,7 +270,9 @@ def _stored(
     painted = eye.paint(codes, told["kind"] == "image")
     names = ("key", "uid", "split", "start_s", "end_s", "fps", "source_sha256", "shard")
     facts: Figures = {name: told[name] for name in names if told[name] is not None}
-    figures = _counted(codes, trained.codebook_size, size_length(told, shards.vocabulary), painted)
+    figures = _counted(
+        codes, trained.codebook_size, segment_length(told, shards.vocabulary), painted
+    )
     figures = {"kind": "sample", **facts, **figures}
     captions = [(c["style"], c["lang"], c["text"], c["tokens"]) for c in told["captions"]]
     body = [
@@ -476,13 +478,11 @@ def _used(codes: np.ndarray, book: int) -> Figures:
 
 def fidelity(originals: np.ndarray, painted: np.ndarray) -> Figures:
     """PSNR in dB and SSIM, means over the pictures; SSIM is None under its window's 11 pixels."""
-    import torch
-
-    from unimodal.tokenize.vision.metrics import psnr, ssim
+    from unimodal.tokenize.vision.metrics import planes, psnr, ssim
 
     each, alike = [], []
     for pair in zip(originals, painted, strict=True):
-        a, b = (torch.from_numpy(np.moveaxis(one, -1, 0)[None].copy()).float() for one in pair)
+        a, b = map(planes, pair)
         each.append(float(psnr(a, b)))
         alike.append(float(ssim(a, b)) if min(a.shape[2:]) >= 11 else math.nan)
     mean = None if math.isnan(alike[0]) else float(np.mean(alike))

@@ -412,39 +412,32 @@ def windows(
     return found
 
 
-def window_captions(window: Window) -> list[dict[str, Any]]:
-    """Captions {style, lang, text} that speak of a window, by precedence."""
-    return captions_of(window.clip.get("captions"), *window.span())
-
-
 def captions_of(
-    captions: Iterable[Mapping[str, Any]] | None, start: float | None, end: float | None
+    captions: Iterable[Mapping[str, Any]] | None,
+    start: float | None,
+    end: float | None,
+    vocabulary: Vocabulary,
 ) -> list[dict[str, Any]]:
     """Of a clip's captions those that speak of a window of it, by precedence.
 
     Those of the whole clip all do; of those with a time span, the one of each style and
-    language that overlaps the window most. `start` and `end` are None for an image.
+    language that overlaps the window most. `start` and `end` are None for an image. Returns
+    {style, lang, text, tokens} of each.
     """
-    chosen: list[dict[str, Any]] = []
-    best: dict[tuple[Any, Any], tuple[float, int]] = {}
-    for caption in captions or []:
+    chosen: dict[Any, tuple[float, dict[str, Any]]] = {}
+    for number, caption in enumerate(captions or []):
         if not caption["text"] or caption.get("status") not in (None, "", "ok"):
             continue
-        kept = {key: caption.get(key) for key in ("style", "lang", "text")}
+        kept = {name: caption.get(name) for name in ("style", "lang", "text")}
         since, until = caption.get("start_s"), caption.get("end_s")
         if start is None or end is None or since is None or until is None:
-            chosen.append(kept)
+            chosen[number] = (math.inf, kept)
             continue
-        overlap = min(end, until) - max(start, since)
-        kind = (kept["style"], kept["lang"])
-        if overlap <= 0 or (kind in best and best[kind][0] >= overlap):
-            continue
-        if kind in best:
-            chosen[best[kind][1]] = kept
-        else:
-            chosen.append(kept)
-        best[kind] = (overlap, best[kind][1] if kind in best else len(chosen) - 1)
-    return chosen
+        overlap, kind = min(end, until) - max(start, since), (kept["style"], kept["lang"])
+        if overlap > chosen.get(kind, (0.0, kept))[0]:
+            chosen[kind] = (overlap, kept)  # in the place of the one before
+    encode = vocabulary.text.encode
+    return [{**kept, "tokens": len(encode(kept["text"]))} for _, kept in chosen.values()]
 
 
 def split_of(source_sha256: str, val_fraction: float) -> str:

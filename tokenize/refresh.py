@@ -59,9 +59,7 @@ def refresh(run_dir: Path, out: Path, progress: Progress | None = None) -> dict[
                     total["unknown"] += row["task"] == "caption"
                     continue
                 given = said["captions"][place].as_py()
-                new = captions_of(given, row["start_s"], row["end_s"])
-                encode = shards.vocabulary.text.encode
-                new = [{**one, "tokens": len(encode(one["text"]))} for one in new]
+                new = captions_of(given, row["start_s"], row["end_s"], shards.vocabulary)
                 changed += new != row["captions"]
                 row["captions"] = new
             keys, digest = digests.get(number, (set(), ""))

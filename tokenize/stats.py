@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -10,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unimodal.tokenize.document import block_length, parts_length
+from unimodal.tokenize.document import parts_length, segment_length
 from unimodal.tokenize.shards import Shards
-from unimodal.tokenize.vocabulary import Vocabulary
 
 SIZE = ("kind", "frames", "height", "width", "fps")
 PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -23,7 +21,7 @@ class Statistics:
 
     def __init__(self, shards: Shards) -> None:
         self.index = shards.index
-        self.vocabulary: Vocabulary = shards.vocabulary
+        self.vocabulary = shards.vocabulary
         self.captioned = self.index.filter(pc.equal(self.index["task"], "caption"))
         inner = pa.Table.from_struct_array(pc.list_flatten(self.index["segments"]))
         self.blocks = inner.filter(pc.not_equal(inner["kind"], "text")).select(SIZE)
@@ -56,35 +54,18 @@ class Statistics:
         return self._lengths(longest=True)
 
     def _lengths(self, longest: bool) -> np.ndarray:
-        known: dict[tuple[Any, ...], int] = {}
-        shared: dict[tuple[Any, ...], int] = {}
         lengths = np.zeros(len(self.index), np.int64)
         names = (*SIZE, "task", "segments", "captions") if longest else (*SIZE, "task", "segments")
-        at = 0
-        for batch in self.index.select(names).to_batches(max_chunksize=4096):
-            for row in batch.to_pylist():
-                if row["task"] == "caption":
-                    lengths[at] = self._block(row, known)
-                    if longest:
-                        said = (caption["tokens"] for caption in row["captions"] or [])
-                        lengths[at] += max(said, default=0) + 2
-                else:
-                    inner = row["segments"]
-                    key = (row["task"], *(one["role"] for one in inner))
-                    if key not in shared:  # what a template adds follows from who speaks alone
-                        bare = [{"kind": "text", "role": r, "tokens": 0} for r in key[1:]]
-                        shared[key] = parts_length(row["task"], bare, self.vocabulary)
-                    lengths[at] = shared[key] + sum(self._block(one, known) for one in inner)
-                at += 1
+        batches = self.index.select(names).to_batches(max_chunksize=4096)
+        for at, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            if row["task"] != "caption":
+                lengths[at] = parts_length(row["task"], row["segments"], self.vocabulary)
+                continue
+            lengths[at] = segment_length(row, self.vocabulary)
+            if longest:
+                said = (caption["tokens"] for caption in row["captions"] or [])
+                lengths[at] += max(said, default=0) + 2
         return lengths
-
-    def _block(self, told: Mapping[str, Any], known: dict[tuple[Any, ...], int]) -> int:
-        if told["kind"] == "text":
-            return int(told["tokens"])
-        size = tuple(told[name] for name in SIZE)
-        if size not in known:
-            known[size] = size_length(told, self.vocabulary)
-        return known[size]
 
     def record(self) -> dict[str, Any]:
         """All of it, for people and programs."""
@@ -105,9 +86,3 @@ class Statistics:
             "tokens": int(self.tokens.sum()),
             "uncaptioned": int((said == 0).sum()),
         }
-
-
-def size_length(told: Mapping[str, Any], vocabulary: Vocabulary) -> int:
-    """Tokens of the vision block of a row of the index, or of a segment."""
-    moving = (told["frames"], told["fps"]) if told["kind"] == "video" else ()
-    return block_length(vocabulary, told["height"], told["width"], *moving)

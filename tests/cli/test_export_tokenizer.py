@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from unimodal.cli.app import app
 from unimodal.pipeline.errors import UsageError
-from unimodal.tokenize.vision import VisionTokenizer
 from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
+from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 
 
 def _export(*arguments: object) -> str:

@@ -21,12 +21,12 @@ from unimodal.tokenize.plan import (
     PRESETS,
     TokenizeSettings,
     Window,
+    captions_of,
     estimate,
     kept_clips,
     score_columns,
     split_of,
     units,
-    window_captions,
     windows,
 )
 from unimodal.tokenize.vocabulary import Vocabulary
@@ -280,6 +280,10 @@ def caption(text: str, start: float | None = None, end: float | None = None, **m
     return {"style": "given", "lang": "en", "text": text, "start_s": start, "end_s": end, **more}
 
 
+def said_of(window: Window) -> list[dict[str, Any]]:
+    return captions_of(window.clip.get("captions"), *window.span(), VOCABULARY)
+
+
 def test_a_window_takes_the_caption_of_its_stretch() -> None:
     captions: list[Mapping[str, Any]] = [
         caption("one of the whole"),
@@ -290,16 +294,16 @@ def test_a_window_takes_the_caption_of_its_stretch() -> None:
         caption(""),
     ]
     found = windows(video(captions=captions), SMALL, VOCABULARY)
-    texts = [[c["text"] for c in window_captions(window)] for window in found]
+    texts = [[c["text"] for c in said_of(window)] for window in found]
     whole = ["one of the whole", "another of the whole"]
     assert [[t for t in row if t not in whole] for row in texts] == [["early"], ["late"], ["late"]]
     assert all([t for t in row if t in whole] == whole for row in texts)
-    assert all(set(c) == {"style", "lang", "text"} for c in window_captions(found[0]))
+    assert all(set(c) == {"style", "lang", "text", "tokens"} for c in said_of(found[0]))
 
 
 def test_an_image_takes_every_caption() -> None:
     (window,) = windows(image(captions=[caption("a"), caption("b")]), SMALL, VOCABULARY)
-    assert [c["text"] for c in window_captions(window)] == ["a", "b"]
+    assert [c["text"] for c in said_of(window)] == ["a", "b"]
 
 
 def test_the_split_is_by_source_and_near_its_share() -> None:

@@ -17,6 +17,7 @@ from unimodal.tokenize.plan import TokenizeSettings
 from unimodal.tokenize.refresh import refresh
 from unimodal.tokenize.run import tokenize
 from unimodal.tokenize.shards import Shards
+from unimodal.tokenize.vocabulary import Vocabulary
 
 SMALL = TokenizeSettings(area=32 * 32, batch=3, shard_size=2)
 
@@ -121,7 +122,10 @@ def test_a_caption_of_a_stretch_goes_to_its_window(tmp_path: Path, block_mean: A
         {"style": "dense", "lang": "en", "text": "second", "start_s": 2.0, "end_s": 4.0},
         {"style": "given", "lang": "en", "text": "all", "start_s": None, "end_s": None},
     ]
-    assert [c["text"] for c in captions_of(given, 2.0, 4.0)] == ["second", "all"]
+    assert [c["text"] for c in captions_of(given, 2.0, 4.0, Vocabulary.bytes(64))] == [
+        "second",
+        "all",
+    ]
 
 
 def test_what_cannot_be_refreshed_is_one_clear_error(tmp_path: Path, photos: Path) -> None:

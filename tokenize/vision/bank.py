@@ -18,6 +18,7 @@ import numpy as np
 from unimodal.pipeline.errors import MediaError, UnimodalError
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.vision.pixels import resize
+from unimodal.tokenize.vision.recipe import DataSettings
 
 GROUP = 4  # frames of one latent frame
 WINDOW_SECONDS = 2.0  # one clip is taken from every two seconds of a video
@@ -38,7 +39,7 @@ class Span:
 
 @dataclass
 class Bank:
-    """Decoded training material, short side at most `short_side`."""
+    """Decoded training material."""
 
     pictures: list[np.ndarray] = field(default_factory=list)  # uint8 [H,W,3]
     clips: list[np.ndarray] = field(default_factory=list)  # uint8 [T,H,W,3]
@@ -110,17 +111,8 @@ def _from_files(item: str) -> list[Span]:
     return spans
 
 
-def load_bank(
-    spans: Sequence[Span],
-    *,
-    short_side: int,
-    fps: float,
-    frames: int,
-    val_fraction: float,
-    limit_bytes: int,
-    progress: Progress,
-) -> Bank:
-    """Decode `spans` into memory until `limit_bytes` are held, clips of `frames` frames.
+def load_bank(spans: Sequence[Span], settings: DataSettings, progress: Progress) -> Bank:
+    """Decode `spans` into memory until `settings.memory_gib` are held.
 
     What cannot be read is noted.
     """
@@ -129,20 +121,18 @@ def load_bank(
     progress.begin("read", len(spans), "sources")
     # A hash order, so that a memory limit takes a sample of everything and not the first folder.
     for span in sorted(spans, key=lambda s: hashlib.sha256(repr(s).encode()).digest()):
-        out = held_out(span.uri, val_fraction)
         try:
-            if span.video:
-                groups = list(_clips(span, short_side, fps, frames))
-                (bank.held_clips if out else bank.clips).extend(groups)
-                held += sum(g.nbytes for g in groups)
-            else:
-                picture = _picture(span, short_side)
-                (bank.held_pictures if out else bank.pictures).append(picture)
-                held += picture.nbytes
+            found = list(_clips(span, settings)) if span.video else [_picture(span, settings)]
         except MediaError as error:
             progress.note(f"left out: {error}")
+            found = []
+        if held_out(span.uri, settings.val_fraction):
+            (bank.held_clips if span.video else bank.held_pictures).extend(found)
+        else:
+            (bank.clips if span.video else bank.pictures).extend(found)
+        held += sum(pixels.nbytes for pixels in found)
         progress.advance("read")
-        if held > limit_bytes:
+        if held > settings.memory_gib * 2**30:
             progress.note(f"training on a sample: {held / 2**30:.1f} GiB of pictures are in memory")
             break
     progress.end("read")
@@ -156,26 +146,26 @@ def _target(height: int, width: int, short_side: int) -> tuple[int, int]:
     return max(8, round(height * scale)), max(8, round(width * scale))
 
 
-def _picture(span: Span, short_side: int) -> np.ndarray:
+def _picture(span: Span, settings: DataSettings) -> np.ndarray:
     from unimodal.pipeline.media import read_image
 
     pixels = read_image(span.uri)
     if span.box:
         pixels = pixels[span.box[1] : span.box[3], span.box[0] : span.box[2]]
-    return resize(pixels, _target(pixels.shape[0], pixels.shape[1], short_side))
+    return resize(pixels, _target(pixels.shape[0], pixels.shape[1], settings.short_side))
 
 
-def _clips(span: Span, short_side: int, fps: float, frames: int) -> Iterator[np.ndarray]:
-    """`frames` frames, `1 / fps` apart, from the start of every two seconds of the span."""
+def _clips(span: Span, settings: DataSettings) -> Iterator[np.ndarray]:
+    """Frames of a clip, `1 / fps` apart, from the start of every two seconds of the span."""
     from unimodal.pipeline.media import iter_frames, probe
 
-    shown = probe(span.uri)
-    size = _target(shown.height, shown.width, short_side // 2)
+    shown, frames = probe(span.uri), settings.clip_frames
+    size = _target(shown.height, shown.width, settings.short_side // 2)
     x0, y0, x1, y1 = span.box or (0, 0, shown.width, shown.height)
     rows = slice(y0 * size[0] // shown.height, y1 * size[0] // shown.height)
     columns = slice(x0 * size[1] // shown.width, x1 * size[1] // shown.width)
     rate = span.fps or shown.fps or 25.0
-    step = max(1, round(rate / fps))
+    step = max(1, round(rate / settings.fps))
     every = max(frames * step, round(rate * WINDOW_SECONDS))
     shots = iter_frames(span.uri, span.start_pts, span.end_pts, size=size)
     group: list[np.ndarray] = []

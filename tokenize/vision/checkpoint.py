@@ -26,7 +26,7 @@ from unimodal.tokenize.vision.discriminator import Discriminator
 from unimodal.tokenize.vision.movq import MoVQ
 from unimodal.tokenize.vision.optim import Optimizer
 from unimodal.tokenize.vision.recipe import TokenizerSettings, changed
-from unimodal.tokenize.vision.tokenizer import save_config
+from unimodal.tokenize.vision.tokenizer import save_model
 
 STATE = "state.safetensors"
 
@@ -87,10 +87,7 @@ def save(
     with atomic(out / STATE) as temporary:
         tensors = {n: t.detach().cpu().contiguous() for n, t in learners.state().items()}
         save_file(tensors, temporary, metadata={"train": json.dumps(record, sort_keys=True)})
-    with atomic(out / "model.safetensors") as temporary:
-        weights = learners.average.model.state_dict()
-        save_file({n: t.cpu().contiguous() for n, t in weights.items()}, temporary)
-    save_config(out, learners.model.cfg)
+    save_model(learners.average.model, out)
 
 
 def find(out: Path, settings: TokenizerSettings, data: str) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ def evaluate(
         original = _square(picture, factor)
         codes.append(model.encode(to_pixels(original)[None, None].to(device)))
         painted = to_uint8(model.decode(codes[-1], image=True)[0, 0])
-        a, b = _tensor(original), _tensor(painted)
+        a, b = metrics.planes(original), metrics.planes(painted)
         energy = metrics.gradient_energy(b) / metrics.gradient_energy(a).clamp_min(1e-6)
         values = {"psnr": metrics.psnr(a, b), "ssim": metrics.ssim(a, b), "energy": energy}
         if lpips is not None and min(original.shape[:2]) >= 16:
@@ -55,7 +55,7 @@ def evaluate(
         original = clip[:, :height, :width]
         code = model.encode(to_pixels(original)[None].to(device))
         painted = to_uint8(model.decode(code)[0])
-        value = metrics.psnr(_tensor(original), _tensor(painted)).mean().item()
+        value = metrics.psnr(metrics.planes(original), metrics.planes(painted)).mean().item()
         found.setdefault("val_video_psnr", []).append(value)
         used.setdefault("val_video", []).append(code)
         pairs.append((original[-1], painted[-1]))
@@ -74,11 +74,6 @@ def _square(picture: np.ndarray, factor: int) -> np.ndarray:
     cut = Image.fromarray(picture[top : top + side, left : left + side])
     size = min(SIDE, side) // factor * factor
     return np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def _tensor(pixels: np.ndarray) -> Tensor:
-    frames = pixels if pixels.ndim == 4 else pixels[None]
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, -1, 1))).float()
 
 
 def _sheet(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def planes(pixels: np.ndarray) -> Tensor:
+    """uint8 [H,W,3] or [B,H,W,3] -> float32 [B,3,H,W] in [0,255], as the figures here take it."""
+    frames = pixels if pixels.ndim == 4 else pixels[None]
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, -1, 1))).float()
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

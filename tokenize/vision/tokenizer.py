@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from unimodal.pipeline.errors import UsageError
 from unimodal.pipeline.files import atomic
-from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
+from unimodal.tokenize.vision.movq import MoVQ
 from unimodal.tokenize.vision.weights import (
     check,
     config_dict,
@@ -108,23 +106,6 @@ class VisionTokenizer:
         groups = pixels.reshape(-1, self.group, *pixels.shape[2:])
         return self.model.encode(groups).unflatten(0, (batch, -1)).flatten(1, 2)
 
-    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Codes [B, T', h, w] of a video that comes in pieces [B, T, 3, H, W], as they come.
-
-        The pieces have any number of frames each and are joined to groups of four, so the codes of
-        all are those that `encode` gives for the whole; what is held at a time is one piece.
-        """
-        rest: Tensor | None = None
-        for piece in pieces:
-            piece = piece if rest is None else torch.cat([rest, piece], 1)
-            whole = piece.shape[1] // self.group * self.group
-            if whole:
-                yield self.encode(piece[:, :whole])
-            rest = piece[:, whole:]
-        if rest is not None and rest.shape[1]:
-            last = rest[:, -1:].expand(-1, self.group - rest.shape[1], -1, -1, -1)
-            yield self.encode(torch.cat([rest, last], 1))
-
     @torch.no_grad()
     def decode(self, codes: Tensor, image: bool = False, joint: bool = False) -> Tensor:
         """Frames of codes int64 [B, T', h, w]: float32 [B, 4 T', 3, 8h, 8w], not clipped.
@@ -148,21 +129,9 @@ class VisionTokenizer:
         painted = self.model.decode(codes.flatten(0, 1)[:, None])
         return painted.unflatten(0, codes.shape[:2]).flatten(1, 2)
 
-    def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Frames of a video's codes that come in pieces [B, T', h, w], one piece at a time."""
-        return (self.decode(piece) for piece in pieces)
-
     def save(self, directory: Path, naming: str = "original") -> None:
         """Write config.json and model.safetensors, `naming` original or transformers."""
-        config = config_dict(self.model.cfg, naming)
-        state = self.model.state_dict()
-        state = state if naming == "original" else to_transformers(state)
-        directory.mkdir(parents=True, exist_ok=True)
-        with atomic(directory / "model.safetensors") as temporary:
-            # transformers asks for this format.
-            tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-            save_file(tensors, temporary, {"format": "pt"})
-        _write_config(directory, config)
+        save_model(self.model, directory, naming)
 
     @property
     def group(self) -> int:
@@ -174,12 +143,14 @@ class VisionTokenizer:
         return self.model.quantize.embedding.weight.device
 
 
-def save_config(directory: Path, cfg: MoVQConfig) -> None:
-    """Write config.json."""
-    _write_config(directory, config_dict(cfg))
-
-
-def _write_config(directory: Path, config: dict[str, Any]) -> None:
+def save_model(model: MoVQ, directory: Path, naming: str = "original") -> None:
+    """Write the network's config.json and model.safetensors, `naming` original or transformers."""
+    config = config_dict(model.cfg, naming)
+    state = model.state_dict()
+    state = state if naming == "original" else to_transformers(state)
+    with atomic(directory / "model.safetensors") as temporary:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, temporary, {"format": "pt"})  # transformers asks for this format
     with atomic(directory / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
 

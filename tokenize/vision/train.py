@@ -15,10 +15,12 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -100,15 +102,7 @@ def _train(
     if weights is not None and previous is None:
         model.load_state_dict(_inherited(weights, cfg))
     lpips = None if settings.loss.lpips is None else load_lpips(settings.loss.lpips).to(device)
-    data = load_bank(
-        spans,
-        short_side=settings.data.short_side,
-        fps=settings.data.fps,
-        frames=settings.data.clip_frames,
-        val_fraction=settings.data.val_fraction,
-        limit_bytes=int(settings.data.memory_gib * 2**30),
-        progress=progress,
-    )
+    data = load_bank(spans, settings.data, progress)
     _check_shares(settings, data, ranks)
     latents = settings.batch * (settings.crop // cfg.spatial_factor) ** 2
     model.to(device).train()
@@ -252,7 +246,7 @@ class _Run:
         self.progress.begin("steps", settings.steps, "steps")
         self.progress.advance("steps", self.done)
         try:
-            with signals() as received, _batches(self) as batches:
+            with signals() as received, closing(_batches(self)) as batches:
                 for step in range(self.done, settings.steps):
                     pixels = next(batches)
                     values, stopped = self.step(step, pixels, bool(received))
@@ -390,8 +384,7 @@ class _Run:
         )
 
 
-@contextmanager
-def _batches(run: _Run) -> Iterator[Iterator[Tensor]]:
+def _batches(run: _Run) -> Generator[Tensor]:
     """This rank's frames [B,T,3,H,W] of each step to come, cut by threads while others are used."""
     settings = run.settings
     depth = AHEAD if run.device.startswith("cuda") else 1
@@ -408,17 +401,12 @@ def _batches(run: _Run) -> Iterator[Iterator[Tensor]]:
         )
         return to_pixels(crops)
 
+    steps = iter(range(run.done, settings.steps))
     with ThreadPoolExecutor(depth) as pool:
-        coming: list[Future[Tensor]] = []
-
-        def each() -> Iterator[Tensor]:
-            for step in range(run.done, settings.steps):
-                while len(coming) <= min(depth, settings.steps - step - 1):
-                    coming.append(pool.submit(cut, step + len(coming)))
-                yield coming.pop(0).result().to(run.device, non_blocking=True)
-
+        coming = deque(pool.submit(cut, step) for step in islice(steps, depth))
         try:
-            yield each()
+            while coming:
+                coming.extend(pool.submit(cut, step) for step in islice(steps, 1))
+                yield coming.popleft().result().to(run.device, non_blocking=True)
         finally:
-            for future in coming:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)

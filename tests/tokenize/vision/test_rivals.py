@@ -14,9 +14,9 @@ from PIL import Image
 
 from benchmarks import small_tokenizer as benchmark
 from unimodal.pipeline.media import read_image
-from unimodal.tokenize.vision import VisionTokenizer
 from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
 from unimodal.tokenize.vision.pixels import resize
+from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 
 
 @pytest.fixture(scope="module")

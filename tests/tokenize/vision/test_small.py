@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import small_tokenizer as benchmark
-from unimodal.tokenize.vision import VisionTokenizer
-from unimodal.tokenize.vision.tokenizer import SHIPPED
+from unimodal.tokenize.vision.tokenizer import SHIPPED, VisionTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unimodal.pipeline.errors import UnimodalError, UsageError
-from unimodal.tokenize.vision import VisionTokenizer
 from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
+from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 
 TINY = MoVQConfig(codebook_size=64, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
 
@@ -113,25 +112,6 @@ def test_a_last_frame_is_repeated_to_fill_its_group(saved: Path, frames: int, jo
     clip = torch.rand(2, frames, 3, 16, 24) * 2 - 1
     filled = torch.cat([clip] + [clip[:, -1:]] * (-frames % 4), 1)
     assert torch.equal(tokenizer.encode(clip, joint), tokenizer.encode(filled, joint))
-
-
-def test_a_stream_has_the_codes_of_the_whole_and_holds_one_piece(saved: Path) -> None:
-    tokenizer = VisionTokenizer.load(saved)
-    clip = torch.rand(2, 19, 3, 16, 24) * 2 - 1
-    pulled = []
-
-    def pieces() -> Iterator[torch.Tensor]:
-        for start, stop in [(0, 1), (1, 6), (6, 8), (8, 17), (17, 19)]:
-            pulled.append(stop)
-            yield clip[:, start:stop]
-
-    stream = tokenizer.encode_stream(pieces())
-    first = next(stream)
-    assert pulled == [1, 6] and first.shape[1] == 1  # no piece is read before it is needed
-    codes = torch.cat([first, *stream], 1)
-    assert torch.equal(codes, tokenizer.encode(clip))
-    painted = torch.cat(list(tokenizer.decode_stream(codes.split(2, 1))), 1)
-    torch.testing.assert_close(painted, tokenizer.decode(codes), atol=1e-4, rtol=0)
 
 
 def test_a_code_is_the_same_in_the_other_memory_layout_but_for_near_ties(saved: Path) -> None:

@@ -29,7 +29,7 @@ from unimodal.tokenize.vision.bank import Bank, held_out, list_spans
 from unimodal.tokenize.vision.evaluate import evaluate
 from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
 from unimodal.tokenize.vision.pixels import to_pixels
-from unimodal.tokenize.vision.recipe import TokenizerSettings
+from unimodal.tokenize.vision.recipe import DataSettings, TokenizerSettings
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 from unimodal.tokenize.vision.train import Interrupted, train_tokenizer
 
@@ -210,15 +210,8 @@ def test_clips_of_a_run_are_learned_without_their_bars(
     ]
     rows.append({**rows[0], "uri": "nowhere.mp4", "verdict": "drop"})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "clips.parquet")
-    data = banks.load_bank(
-        list_spans([tmp_path]),
-        short_side=512,
-        fps=12.0,
-        frames=8,
-        val_fraction=share,
-        limit_bytes=1 << 30,
-        progress=Progress(),
-    )
+    wanted = DataSettings(clip_frames=8, val_fraction=share)
+    data = banks.load_bank(list_spans([tmp_path]), wanted, Progress())
     assert [clip.shape for clip in data.clips] == [(8, 96, 128, 3)] * 2
     assert all(np.abs(clip[:, [0, -1]].mean()) > 30 for clip in data.clips)
     # The texture moves by a pixel a frame, so two pixels from one kept frame to the next.

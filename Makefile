@@ -19,7 +19,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	mkdir -p .mypy_path && ln -sfn .. .mypy_path/unimodal  # mypy does not follow import hooks
 	MYPYPATH=.mypy_path $(BIN)/mypy --namespace-packages --explicit-package-bases \
-		-p unimodal.cli -p unimodal.model -p unimodal.pipeline -p unimodal.tokenize
+		-p unimodal.cli -p unimodal.model -p unimodal.pipeline -p unimodal.tokenize \
+		-p unimodal.benchmarks
 
 install: $(READY)
 

@@ -114,7 +114,7 @@ def run_directory(folder: Path, clips: pa.Table, videos: int = 20_000) -> Path:
     clips = clips.append_column("uri", pa.array([names[i % videos] for i in range(len(clips))]))
     for name in ("verdict", "reasons"):
         clips = clips.append_column(name, judged.column(name))
-    folders = joint(work).folders
+    folders = joint(work, "").folders
     write_view(out, clips.select(CLIPS.names), [], folders)
     info = {"settings": settings.model_dump(mode="json"), "stages": folders, "skipped": {}}
     (out / "run.json").write_text(json.dumps(info))

@@ -17,6 +17,7 @@ again by who does it. docs/documents.md describes the formats.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import io
@@ -25,14 +26,20 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import TypeAdapter
 
 from unimodal.pipeline import tables
 from unimodal.pipeline.errors import MediaError, UsageError
 from unimodal.tokenize.plan import TokenizeSettings
 from unimodal.tokenize.shards import INDEX
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 FORMATS = {".txt": "txt", ".jsonl": "lines", ".ndjson": "lines", ".json": "array"}
 FORMATS |= {".parquet": "parquet"}
@@ -112,16 +119,12 @@ class RowUnit:
 
     def facts(self) -> dict[str, Any]:
         """What a worker needs to know, for `RowUnit.of`."""
-        return {"spans": [vars(s) | {"corpus": vars(s.corpus)} for s in self.spans]}
+        return {"spans": [asdict(span) for span in self.spans]}
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> RowUnit:
         """What `facts` told."""
-        spans = []
-        for told in facts["spans"]:
-            corpus = {**told["corpus"], "numbers": tuple(told["corpus"]["numbers"])}
-            spans.append(Span(**{**told, "corpus": Corpus(**corpus)}))
-        return cls(facts["number"], spans)
+        return cls(facts["number"], TypeAdapter(list[Span]).validate_python(facts["spans"]))
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,7 @@ def _recognise(path: Path, settings: TokenizeSettings) -> Corpus:
     try:
         if form == "txt":
             with path.open("rb") as file:
-                head = file.read(STEP)
-            io.TextIOWrapper(io.BytesIO(head[: _whole(head)]), "utf-8").read()
+                codecs.getincrementaldecoder("utf-8")().decode(file.read(STEP))
             return Corpus(str(path), form, "text")
         first = next(_first_rows(path, form), None)
     except (OSError, ValueError, RecursionError) as error:
@@ -204,8 +206,7 @@ def _first_rows(path: Path, form: str) -> Iterator[Any]:
 
         try:
             with pq.ParquetFile(path) as file:
-                names = [field.name for field in file.schema_arrow if not tables.bulky(field.type)]
-                for batch in file.iter_batches(1, columns=names):
+                for batch in file.iter_batches(1, columns=_columns(file)):
                     yield from batch.to_pylist()
         except pa.ArrowException as error:
             raise ValueError(str(error).splitlines()[0]) from error
@@ -213,6 +214,10 @@ def _first_rows(path: Path, form: str) -> Iterator[Any]:
     with path.open("rb") as file:
         for _, _, data in _records(file, form, "", 0):
             yield json.loads(data.decode("utf-8-sig"))
+
+
+def _columns(file: pq.ParquetFile) -> list[str]:
+    return [column.name for column in file.schema_arrow if not tables.bulky(column.type)]
 
 
 def row_units(
@@ -335,14 +340,9 @@ def _texts(file: IO[bytes], by: str) -> Iterator[tuple[int, int, bytes]]:
 
 def _whole(data: bytes) -> int:
     """Bytes of `data` without a character of UTF-8 that is cut at its end."""
-    for back in range(1, min(4, len(data)) + 1):
-        byte = data[-back]
-        if byte >= 0xC0:
-            need = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(data) - back if need > back else len(data)
-        if byte < 0x80:
-            break
-    return len(data)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data[-4:])
+    return len(data) - len(decoder.getstate()[0])
 
 
 def _elements(file: IO[bytes], depth: int) -> Iterator[tuple[int, int, bytes]]:
@@ -421,23 +421,20 @@ def _parquet_rows(span: Span) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(span.corpus.path) as file:
-        columns = [field.name for field in file.schema_arrow if not tables.bulky(field.type)]
-        at, wanted = 0, []
-        for number in range(file.num_row_groups):
-            rows = file.metadata.row_group(number).num_rows
-            if at < span.end and at + rows > span.start:
-                wanted.append((number, at))
-            at += rows
-        for number, before in wanted:
-            position = before
-            for batch in file.iter_batches(256, [number], columns):
-                start, end = max(span.start - position, 0), min(span.end - position, len(batch))
-                for i in range(start, end):
-                    try:
-                        yield position + i + 1, batch.slice(i, 1).to_pylist()[0]
-                    except UnicodeDecodeError as error:
-                        yield position + i + 1, error
-                position += len(batch)
+        rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        starts = np.cumsum([0, *rows])
+        group = int(np.searchsorted(starts, span.start, "right")) - 1  # it lies in one
+        if group == len(rows):
+            return
+        position = int(starts[group])
+        for batch in file.iter_batches(256, [group], _columns(file)):
+            start, end = max(span.start - position, 0), min(span.end - position, len(batch))
+            for i in range(start, end):
+                try:
+                    yield position + i + 1, batch.slice(i, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    yield position + i + 1, error
+            position += len(batch)
 
 
 def _draft(

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,21 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unimodal.pipeline.clips import CLIPS
-from unimodal.pipeline.errors import MediaError, UnimodalError, reason
+from unimodal.pipeline.errors import UnimodalError, reason
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.markup import Html, h
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.report.charts import histogram
 from unimodal.pipeline.report.sheet import check_ours, data, document, figure, png
 from unimodal.pipeline.report.words import count, cut_off, share, table
-from unimodal.tokenize.device import out_of_memory
 from unimodal.tokenize.document import Text, parts_length, segment_length
-from unimodal.tokenize.pictures import image_pixels, video_pixels
-from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings, Window, windows
+from unimodal.tokenize.fidelity import TASK, Eye, Figures, clip_row, fidelity, usage
+from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings
 from unimodal.tokenize.shards import Shards
 from unimodal.tokenize.stats import SIZE, Statistics
-from unimodal.tokenize.unit import exact_arithmetic
 from unimodal.tokenize.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -42,11 +38,7 @@ if TYPE_CHECKING:
 AMPLIFIED = 4  # times that differences are shown
 STRIP = 8  # pictures of a film strip
 SHEET = 12  # samples of a contact sheet
-PICTURES = 48  # of a video: windows after the first are taken while there are no more in all
 SAMPLED = 1 << 20  # codes over which the use of a codebook is counted
-TASK = "painted"  # of the progress
-
-Figures = dict[str, Any]
 
 
 def look(
@@ -72,26 +64,28 @@ def look(
     trained = None if all(places) else _load(tokenizer or settings.tokenizer, device)
     sections, records = [], []
     progress.begin(TASK, 0, "pictures")
-    for number, (thing, place) in enumerate(zip(things, places, strict=True), 1):
-        name = re.sub(r"\.\w{1,5}$|[^\w.-]+", lambda m: "-" if m[0][0] != "." else "", _name(thing))
-        stem = out / f"{number:02d}-{name[:60]}"
-        try:
-            if trained is not None and place is None:
-                eye = Eye(trained, stem, progress, f"--area (now {settings.area})")
-                figures, body = eye.media(thing, settings)
-            elif place is not None:
-                figures, body = _stored(*place, stem, tokenizer, device, progress)
-        except (UnimodalError, OSError) as error:
-            if len(things) == 1:
-                progress.end(TASK)
-                raise
-            said = str(error) if isinstance(error, UnimodalError) else f"{thing}: {reason(error)}"
-            progress.note(f"left out: {said}")
-            records.append({"thing": thing, "error": said})
-            continue
-        records.append({"thing": thing, **figures})
-        sections.append(h("section", _heading(thing, figures), body))
-    progress.end(TASK)
+    try:
+        for number, (thing, place) in enumerate(zip(things, places, strict=True), 1):
+            name = re.sub(r"[^\w.-]+", "-", re.sub(r"\.\w{1,5}$", "", _name(thing)))
+            stem = out / f"{number:02d}-{name[:60]}"
+            try:
+                if place is not None:
+                    figures, body = _stored(*place, stem, tokenizer, device, progress)
+                else:
+                    assert trained is not None
+                    eye = Eye(trained, progress, f"--area (now {settings.area})")
+                    figures, body = _media(eye, thing, stem, settings)
+            except (UnimodalError, OSError) as error:
+                if len(things) == 1:
+                    raise
+                said = f"{thing}: {reason(error)}" if isinstance(error, OSError) else str(error)
+                progress.note(f"left out: {said}")
+                records.append({"thing": thing, "error": said})
+                continue
+            records.append({"thing": thing, **figures})
+            sections.append(h("section", _heading(thing, figures), body))
+    finally:
+        progress.end(TASK)
     if not sections:
         raise UnimodalError(f"none of {len(things)} could be shown; see above")
     lost = [h("p", f"Left out: {r['error']}", class_="reason") for r in records if "error" in r]
@@ -121,120 +115,59 @@ def difference(original: np.ndarray, painted: np.ndarray) -> np.ndarray:
     return np.minimum(AMPLIFIED * apart, 255).astype(np.uint8)
 
 
-@dataclass
-class Eye:
-    """Encodes, paints and draws with one tokenizer; its files are `stem`.png and `stem`.mp4."""
+def _media(eye: Eye, uri: str, stem: Path, settings: TokenizeSettings) -> tuple[Figures, Html]:
+    """A picture, or a video from its beginning."""
+    row = clip_row(uri, settings)
+    size, book = [row["width"], row["height"]], eye.tokenizer.codebook_size
+    found, originals, codes, painted = eye.remade(row, settings)
+    figures: Figures = {"kind": row["kind"], "source_size": size}
+    if found[0].fps is not None:
+        figures |= {"windows": len(found), "fps": float(found[0].fps)}
+    tokens = sum(window.block_length(Vocabulary.bytes(book)) for window in found)
+    figures |= _counted(codes, book, tokens, painted) | fidelity(originals, painted)
+    return figures, _show(eye, stem, codes, painted, originals, figures)
 
-    tokenizer: VisionTokenizer
-    stem: Path
-    progress: Progress
-    lower: str  # where memory is short
-    joint: bool = False  # later groups of a video see earlier ones
 
-    def media(self, uri: str, settings: TokenizeSettings) -> tuple[Figures, Html]:
-        """A picture, or a video from its beginning."""
-        row = clip_row(uri, settings)
-        size, book = [row["width"], row["height"]], self.tokenizer.codebook_size
-        found, originals, codes, painted = self.remade(row, settings)
-        figures: Figures = {"kind": row["kind"], "source_size": size}
-        if found[0].fps is not None:
-            figures |= {"windows": len(found), "fps": float(found[0].fps)}
-        tokens = sum(window.block_length(Vocabulary.bytes(book)) for window in found)
-        figures |= _counted(codes, book, tokens, painted) | fidelity(originals, painted)
-        return figures, self.show(codes, painted, originals, figures)
-
-    def remade(
-        self, row: Mapping[str, Any], settings: TokenizeSettings
-    ) -> tuple[list[Window], np.ndarray, np.ndarray, np.ndarray]:
-        """Of a row of clips.parquet: windows, pictures [F, H, W, 3], codes, and them painted.
-
-        Of a video one window, or `PICTURES`. Raises `MediaError`.
-        """
-        size, factor = (row["width"], row["height"]), self.tokenizer.spatial_factor
-        try:
-            if min(size) < factor:
-                raise MediaError(f"{size[0]}x{size[1]} is under {factor} pixels on one side")
-            vocabulary = Vocabulary.bytes(self.tokenizer.codebook_size)
-            found = windows(row, settings, vocabulary, factor)
-            most = max(PICTURES, found[0].pictures)
-            found = [window for window in found if window.first + window.pictures <= most]
-            video = found[0].fps is not None
-            shown = video_pixels(found) if video else [image_pixels(found[0])[None]]
-            originals, codes = self._encode(shown, TEMPORAL if video else 1, settings.batch)
-        except MediaError as error:
-            raise MediaError(error.reason, row["uri"]) from error
-        return found, originals, codes, self.paint(codes, not video)
-
-    def _encode(
-        self, shown: Iterable[np.ndarray], group: int, batch: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures of all windows, uint8 [F, H, W, 3], and their codes [F / group, H/8, W/8]."""
-        from unimodal.tokenize.vision.pixels import to_pixels
-
-        pictures, codes = [], []
-        with exact_arithmetic(), out_of_memory(self.lower):
-            for pixels in shown:
-                groups = pixels.reshape(-1, group, *pixels.shape[1:])
-                for at in range(0, len(groups), batch):
-                    some = self.tokenizer.encode(to_pixels(groups[at : at + batch]))
-                    codes.append(some.cpu().numpy()[:, 0])
-                pictures.append(pixels)
-        return np.concatenate(pictures), np.concatenate(codes)
-
-    def paint(self, codes: np.ndarray, image: bool) -> np.ndarray:
-        """Pictures uint8 [F, H, W, 3] of codes [T, H/8, W/8]: one of an image, else F = 4 T."""
-        import torch
-
-        from unimodal.tokenize.vision.pixels import to_uint8
-
-        painted = []
-        with out_of_memory(self.lower):
-            whole = torch.from_numpy(codes.astype(np.int64))
-            for part in whole.split(len(whole) if self.joint else 1):
-                seen = self.tokenizer.decode(part[None], image, self.joint)
-                painted.append(to_uint8(seen[0]))
-                self.progress.advance(TASK, len(painted[-1]))
-        return np.concatenate(painted)
-
-    def show(
-        self,
-        codes: np.ndarray,
-        painted: np.ndarray,
-        originals: np.ndarray | None,
-        figures: Figures,
-    ) -> Html:
-        """Draw a picture or a video, write its files, and return its part of the page."""
-        counts = np.bincount(codes.reshape(-1), minlength=self.tokenizer.codebook_size)
-        maps = [code_colors(one, counts, self.tokenizer.spatial_factor) for one in codes]
-        about = "one square a code: equal colors are equal codes, the more vivid the more often"
-        fps, each = figures.get("fps"), figures.get("psnr_each")
-        rows = [painted] if originals is None else [originals, painted]
-        if fps is None:
-            panels = [("Reconstruction", "from the codes alone", painted[0])]
-            if originals is not None:
-                apart = difference(originals[0], painted[0])
-                panels.insert(0, ("Original", "as it is tokenized", originals[0]))
-                panels.append((f"Difference × {AMPLIFIED}", "black where equal", apart))
-            panels.append(("Codes", about, maps[0]))
-            note = None
-        else:
-            panels = []
-            for i in _even(len(painted), STRIP):
-                name = f"{i / fps:.2f} s" + (f", {each[i]:.1f} dB" if each else "")
-                stack = np.concatenate([*(row[i] for row in rows), maps[i // TEMPORAL]])
-                panels.append((name, "", stack))
-            order = "Original, reconstruction" if originals is not None else "Reconstruction"
-            note = h("p", f"{order} and codes, from top to bottom. Codes: {about}.", class_="note")
-        _sheet(self.stem, [(name, pixels) for name, _, pixels in panels], STRIP)
-        return h(
-            "div",
-            note,
-            h("div", (figure(*panel) for panel in panels), class_="four"),
-            _tiles(figures),
-            h("h3", "In motion") if fps else None,
-            _movie(self.stem, np.concatenate(rows, axis=2), fps) if fps else None,
-            _bars(each) if each else None,
-        )
+def _show(
+    eye: Eye,
+    stem: Path,
+    codes: np.ndarray,
+    painted: np.ndarray,
+    originals: np.ndarray | None,
+    figures: Figures,
+) -> Html:
+    """Draw a picture or a video, write its files, and return its part of the page."""
+    counts = np.bincount(codes.reshape(-1), minlength=eye.tokenizer.codebook_size)
+    maps = [code_colors(one, counts, eye.tokenizer.spatial_factor) for one in codes]
+    about = "one square a code: equal colors are equal codes, the more vivid the more often"
+    fps, each = figures.get("fps"), figures.get("psnr_each")
+    rows = [painted] if originals is None else [originals, painted]
+    if fps is None:
+        panels = [("Reconstruction", "from the codes alone", painted[0])]
+        if originals is not None:
+            apart = difference(originals[0], painted[0])
+            panels.insert(0, ("Original", "as it is tokenized", originals[0]))
+            panels.append((f"Difference × {AMPLIFIED}", "black where equal", apart))
+        panels.append(("Codes", about, maps[0]))
+        note = None
+    else:
+        panels = []
+        for i in _even(len(painted), STRIP):
+            name = f"{i / fps:.2f} s" + (f", {each[i]:.1f} dB" if each else "")
+            stack = np.concatenate([*(row[i] for row in rows), maps[i // TEMPORAL]])
+            panels.append((name, "", stack))
+        order = "Original, reconstruction" if originals is not None else "Reconstruction"
+        note = h("p", f"{order} and codes, from top to bottom. Codes: {about}.", class_="note")
+    _sheet(stem, [(name, pixels) for name, _, pixels in panels], STRIP)
+    return h(
+        "div",
+        note,
+        h("div", (figure(*panel) for panel in panels), class_="four"),
+        _tiles(figures),
+        h("h3", "In motion") if fps else None,
+        _movie(stem, np.concatenate(rows, axis=2), fps) if fps else None,
+        _bars(each) if each else None,
+    )
 
 
 def _stored(
@@ -258,14 +191,14 @@ def _stored(
         if row is not None or tokenizer is not None:
             raise UnimodalError(said) from error
         progress.note(said)
-        return _overview(shards, None)
+        return _overview(shards, None, stem)
     joint = bool(shards.manifest["settings"].get("joint"))
-    eye = Eye(trained, stem, progress, "the area that shards are made with", joint)
+    eye = Eye(trained, progress, "the area that shards are made with", joint)
     if row is None:
-        return _overview(shards, eye)
+        return _overview(shards, eye, stem)
     told = shards.index.slice(row, 1).to_pylist()[0]
     if told["task"] != "caption":
-        return _document(shards, row, told, eye)
+        return _document(shards, row, told, eye, stem)
     codes = shards.codes(row).astype(np.int64)
     painted = eye.paint(codes, told["kind"] == "image")
     names = ("key", "uid", "split", "start_s", "end_s", "fps", "source_sha256", "shard")
@@ -276,14 +209,16 @@ def _stored(
     figures = {"kind": "sample", **facts, **figures}
     captions = [(c["style"], c["lang"], c["text"], c["tokens"]) for c in told["captions"]]
     body = [
-        eye.show(codes, painted, None, figures),
+        _show(eye, stem, codes, painted, None, figures),
         table(("Caption", "Language", "Text", "Tokens"), captions) if captions else None,
         table(("Of the index", ""), ((name, str(value)) for name, value in facts.items())),
     ]
     return figures | {"captions": told["captions"]}, h("div", body)
 
 
-def _document(shards: Shards, row: int, told: Figures, eye: Eye) -> tuple[Figures, Html]:
+def _document(
+    shards: Shards, row: int, told: Figures, eye: Eye, stem: Path
+) -> tuple[Figures, Html]:
     """A sample of several pieces, in their order."""
     shown: list[Html] = []
     pictures: list[tuple[str, np.ndarray]] = []
@@ -302,7 +237,7 @@ def _document(shards: Shards, row: int, told: Figures, eye: Eye) -> tuple[Figure
         pictures.append((str(len(pictures) + 1), painted[0]))
         codes.append(segment.reshape(-1))
     if pictures:
-        _sheet(eye.stem, pictures, STRIP)
+        _sheet(stem, pictures, STRIP)
     names = ("key", "task", "split", "source_sha256", "shard")
     facts: Figures = {name: told[name] for name in names}
     tokens = parts_length(told["task"], told["segments"], shards.vocabulary)
@@ -314,7 +249,7 @@ def _document(shards: Shards, row: int, told: Figures, eye: Eye) -> tuple[Figure
     return figures, h("div", shown, _tiles(figures), table(("Of the index", ""), rows))
 
 
-def _overview(shards: Shards, eye: Eye | None) -> tuple[Figures, Html]:
+def _overview(shards: Shards, eye: Eye | None, stem: Path) -> tuple[Figures, Html]:
     """What a shard directory holds, from its index and a bounded number of its codes."""
     index, totals, files = shards.index, shards.manifest["totals"], shards.manifest["shards"]
     book = int(shards.manifest["vision_tokenizer"]["codebook_size"])
@@ -360,7 +295,9 @@ def _overview(shards: Shards, eye: Eye | None) -> tuple[Figures, Html]:
         chart = histogram(values, values[:0], [], f"{name}: {values.min()} to {values.max()}")
         drawn.append(h("figure", h("figcaption", h("b", name), about), chart, class_="panel"))
     sheet = (
-        [h("h3", "Painted from the codes"), _contact(shards, eye)] if eye and len(codes) else None
+        [h("h3", "Painted from the codes"), _contact(shards, eye, stem)]
+        if eye and len(codes)
+        else None
     )
     made = [
         (t["task"], t["kind"], t["split"], f"{t['count_all']:,}", f"{t['tokens_sum']:,}")
@@ -377,7 +314,7 @@ def _overview(shards: Shards, eye: Eye | None) -> tuple[Figures, Html]:
     return figures, h("div", body, sheet)
 
 
-def _contact(shards: Shards, eye: Eye) -> Html:
+def _contact(shards: Shards, eye: Eye, stem: Path) -> Html:
     """A few samples, evenly out of all; of a video the picture in its middle."""
     cards, pictures = [], []
     for row in _even(len(shards.index), SHEET):
@@ -395,7 +332,7 @@ def _contact(shards: Shards, eye: Eye) -> Html:
         shown = h("div", png(picture, told["key"]), class_="picture")
         cards.append(h("article", shown, h("div", words, class_="words"), class_="clip"))
         pictures.append((told["key"], picture))
-    _sheet(eye.stem, pictures, 4)
+    _sheet(stem, pictures, 4)
     return h("div", cards, class_="grid")
 
 
@@ -424,30 +361,9 @@ def _load(name: str | Path, device: str) -> VisionTokenizer:
     return Trained.load(name, device)
 
 
-def clip_row(uri: str, settings: TokenizeSettings) -> Figures:
-    """The row of clips.parquet for a whole picture, or for what is looked at of a video."""
-    from unimodal.pipeline.fetch import local
-    from unimodal.pipeline.media import open_video, probe, read_image
-
-    seconds = max(settings.seconds, PICTURES / settings.fps)
-    row: Figures = dict.fromkeys(CLIPS.names) | {"uid": "this", "uri": uri}
-    if probe(uri).kind == "image":
-        height, width = read_image(uri).shape[:2]
-        return row | {"kind": "image", "width": width, "height": height}
-    with local(uri, keep=True) as path, open_video(path) as video:
-        pts: list[int] = []
-        tick, end = video.time_base, None
-        step = round(1 / ((video.probe.fps or 25) * tick))
-        for frame in video.frames():
-            if pts and (frame.pts - pts[0]) * tick >= seconds:
-                end = frame.pts
-                break
-            pts.append(frame.pts)
-            step = frame.duration or step
-        end = pts[-1] + max(1, step) if end is None else end
-        row |= {"kind": "video", "width": video.probe.width, "height": video.probe.height}
-    row |= {"start_pts": pts[0], "end_pts": end, "time_base": str(tick), "frames": len(pts)}
-    return row | {"start_s": 0.0, "end_s": float((end - pts[0]) * tick)}
+def _used(codes: np.ndarray, book: int) -> Figures:
+    used, perplexity = usage(np.bincount(codes.reshape(-1), minlength=book))
+    return {"codebook": book, "distinct": used, "perplexity": perplexity}
 
 
 def _counted(codes: np.ndarray, book: int, tokens: int, painted: np.ndarray) -> Figures:
@@ -463,30 +379,6 @@ def _counted(codes: np.ndarray, book: int, tokens: int, painted: np.ndarray) -> 
         "bits_per_pixel": bits / (painted.size / 3),
         **_used(codes, book),
     }
-
-
-def _used(codes: np.ndarray, book: int) -> Figures:
-    import torch
-
-    from unimodal.tokenize.vision.metrics import codebook_usage
-
-    if not codes.size:
-        return {"codebook": book, "distinct": 0, "perplexity": 0.0}
-    used, perplexity = codebook_usage(torch.from_numpy(codes.astype(np.int64)), book)
-    return {"codebook": book, "distinct": round(used * book), "perplexity": perplexity}
-
-
-def fidelity(originals: np.ndarray, painted: np.ndarray) -> Figures:
-    """PSNR in dB and SSIM, means over the pictures; SSIM is None under its window's 11 pixels."""
-    from unimodal.tokenize.vision.metrics import planes, psnr, ssim
-
-    each, alike = [], []
-    for pair in zip(originals, painted, strict=True):
-        a, b = map(planes, pair)
-        each.append(float(psnr(a, b)))
-        alike.append(float(ssim(a, b)) if min(a.shape[2:]) >= 11 else math.nan)
-    mean = None if math.isnan(alike[0]) else float(np.mean(alike))
-    return {"psnr": float(np.mean(each)), "ssim": mean} | ({"psnr_each": each} if each[1:] else {})
 
 
 def _heading(thing: str, figures: Figures) -> list[Html]:

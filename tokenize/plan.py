@@ -179,16 +179,10 @@ class Unit:
         state = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
         state.update(json.dumps(self.unfit, sort_keys=True).encode())
         for window in self.windows:
-            facts = [
-                window.key,
-                window.size,
-                window.grid,
-                window.box,
-                window.first,
-                window.pictures,
-            ]
+            facts: list[Any] = [window.key, window.size, window.grid, window.box]
+            facts += [window.first, window.pictures, str(window.fps)]
             row = {key: value for key, value in window.clip.items() if key != "uri"}
-            state.update(json.dumps([*facts, str(window.fps), row], sort_keys=True).encode())
+            state.update(json.dumps([*facts, row], sort_keys=True).encode())
         return state.hexdigest()
 
 
@@ -302,13 +296,6 @@ def units(
     `factor` is the vision tokenizer's: pixels along a side of one code. With the clips from where
     a unit begins, its number, and `skip` windows of the first clip, it comes out once more.
     """
-    if settings.seconds * settings.fps < TEMPORAL:
-        raise UsageError(
-            f"{settings.seconds:g} s at {settings.fps:g} fps are fewer than {TEMPORAL} pictures, "
-            "which one latent frame needs: raise --fps, or --set seconds=…"
-        )
-    if settings.area is None and settings.min_area > settings.max_area:
-        raise UsageError(f"min_area {settings.min_area} is over max_area {settings.max_area}")
     codes, at = 0, (0, 0, skip)
     todo: list[Window] = []
     unfit: list[dict[str, str]] = []
@@ -366,9 +353,19 @@ def windows(
     vocabulary: Vocabulary,
     factor: int = SPATIAL,
 ) -> list[Window]:
-    """The samples that one clip becomes; raises `MediaError` if it can become none."""
+    """The samples that one clip becomes.
+
+    Raises `MediaError` if it can become none, and `UsageError` if by these settings no clip can.
+    """
     from unimodal.tokenize.vision.pixels import area_size, smart_size
 
+    if settings.seconds * settings.fps < TEMPORAL:
+        raise UsageError(
+            f"{settings.seconds:g} s at {settings.fps:g} fps are fewer than {TEMPORAL} pictures, "
+            "which one latent frame needs: raise --fps, or --set seconds=…"
+        )
+    if settings.area is None and settings.min_area > settings.max_area:
+        raise UsageError(f"min_area {settings.min_area} is over max_area {settings.max_area}")
     if not _UID.fullmatch(row["uid"]):
         raise MediaError(f"its uid {row['uid'][:80]!r} cannot name a sample")
     width, height = row.get("width"), row.get("height")
@@ -389,20 +386,22 @@ def windows(
         bounds = (settings.min_area, settings.max_area)
         size = smart_size(*shown, *bounds, factor, settings.max_aspect)
     grid = (size[0] // factor, size[1] // factor)
-    if row["kind"] == "image":
-        length = 2 + block_length(vocabulary, *grid)
-        if length > settings.max_tokens:
-            raise MediaError(_too_long(size, length, settings))
-        return [Window(row["uid"], row, size, grid, box)]
+    video, fps = row["kind"] != "image", Fraction(str(settings.fps))
+    count = picture_count(row, fps) if video else 1
+    most = math.floor(Fraction(str(settings.seconds)) * fps) // TEMPORAL if video else 1
 
-    fps = Fraction(str(settings.fps))
-    count = picture_count(row, fps)
-    most = math.floor(Fraction(str(settings.seconds)) * fps) // TEMPORAL
-    while most and 2 + block_length(vocabulary, *grid, most, float(fps)) > settings.max_tokens:
+    def length(frames: int) -> int:
+        return 2 + block_length(vocabulary, *grid, *((frames, float(fps)) if video else ()))
+
+    while length(most) > settings.max_tokens:
+        if most == 1:
+            raise MediaError(
+                f"{size[1]}x{size[0]} pixels make {length(1)} tokens, over max_tokens "
+                f"{settings.max_tokens}: lower --area, or raise --set max_tokens=…"
+            )
         most -= 1
-    if not most:
-        length = 2 + block_length(vocabulary, *grid, 1, float(fps))
-        raise MediaError(_too_long(size, length, settings))
+    if not video:
+        return [Window(row["uid"], row, size, grid, box)]
     found: list[Window] = []
     for first in range(0, count, most * TEMPORAL):
         pictures = min(count - first, most * TEMPORAL) // TEMPORAL * TEMPORAL
@@ -473,10 +472,3 @@ def duration(row: Mapping[str, Any]) -> Fraction:
     if length <= 0 or base <= 0:
         raise MediaError("its span is empty")
     return length
-
-
-def _too_long(size: tuple[int, int], length: int, settings: TokenizeSettings) -> str:
-    return (
-        f"{size[1]}x{size[0]} pixels make {length} tokens, over max_tokens "
-        f"{settings.max_tokens}: lower --area, or raise --set max_tokens=…"
-    )

@@ -145,6 +145,8 @@ def test_a_picture_over_max_tokens_is_named_with_the_remedy() -> None:
 
 def test_settings_without_a_single_latent_frame_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="raise --fps, or --set seconds"):
+        windows(video(), TokenizeSettings(fps=2, seconds=1), VOCABULARY)
+    with pytest.raises(UsageError, match="raise --fps, or --set seconds"):
         list(
             units(
                 clips(tmp_path, [image()]).to_batches(),

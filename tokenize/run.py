@@ -101,13 +101,12 @@ def tokenize(
             if shards is not None:
                 progress.note("all shards were there already")
             else:
-                plan = _Plan(out, writer, settings)
+                plan = _Plan(out, writer, settings, device, retry_quarantined)
                 if isinstance(found, Path):
-                    plan.clip_units(found, vocabulary, tokenizer, limit, retry_quarantined, device)
+                    plan.clip_units(found, vocabulary, tokenizer.spatial_factor, limit)
                 else:
                     scores = sorted({name for corpus in found for name in corpus.numbers})
-                    rows = row_units(found, settings, limit)
-                    plan.make(rows, scores, retry_quarantined, device)
+                    plan.make(row_units(found, settings, limit), scores)
                     made_of = plan.digest.hexdigest()
                 if driver == "inline":
                     facts = settings.model_dump(mode="json")
@@ -191,8 +190,11 @@ def driver_of(engine: str, address: str | None, device: str) -> str:
 class _Plan:
     """The units of a run, and the jobs for those that are not done."""
 
-    def __init__(self, out: Path, writer: ShardWriter, settings: TokenizeSettings) -> None:
+    def __init__(
+        self, out: Path, writer: ShardWriter, settings: TokenizeSettings, device: str, retry: bool
+    ) -> None:
         self.out, self.writer, self.settings = out, writer, settings
+        self.device, self.retry = device, retry
         self.digest = hashlib.sha256()  # of all units
         self.run = secrets.token_hex(8)
         self.count = 0  # units
@@ -202,13 +204,7 @@ class _Plan:
         self.clips: dict[str, int] = {}  # of each job, by its part
 
     def clip_units(
-        self,
-        run_dir: Path,
-        vocabulary: Vocabulary,
-        tokenizer: VisionTokenizer,
-        limit: int | None,
-        retry: bool,
-        device: str,
+        self, run_dir: Path, vocabulary: Vocabulary, factor: int, limit: int | None
     ) -> None:
         """Write the clips in order for the workers, and `make` their units."""
         clips = kept_clips(run_dir, limit)
@@ -222,27 +218,25 @@ class _Plan:
                     file.write_batch(batch)
                     yield batch
 
-            found = units(written(), self.settings, vocabulary, tokenizer.spatial_factor)
-            self.make(found, score_columns(clips.schema), retry, device)
+            found = units(written(), self.settings, vocabulary, factor)
+            self.make(found, score_columns(clips.schema))
 
-    def make(
-        self, found: Iterable[Unit | RowUnit], scores: Sequence[str], retry: bool, device: str
-    ) -> None:
+    def make(self, found: Iterable[Unit | RowUnit], scores: list[str]) -> None:
         """Find out what is to be done."""
         told = self.settings.model_dump(mode="json")
-        shared = {"run": self.run, "device": device, "scores": list(scores), "settings": told}
+        shared = {"run": self.run, "device": self.device, "scores": scores, "settings": told}
         for unit in found:
             self.count += 1
             digest = unit.digest(self.writer.header)
             self.digest.update(digest.encode())
             if self.writer.has(unit.number, digest) and not (
-                retry and self.writer.lost(unit.number) != unit.unfit
+                self.retry and self.writer.lost(unit.number) != unit.unfit
             ):
                 self.there += unit.clips
                 continue
             part = shard_paths(self.out, unit.number)[0].stem
             facts = {**shared, "number": unit.number, "digest": digest, "pictures": unit.pictures}
-            entry, model = "unimodal.tokenize.unit:do_unit", unit.pictures and device != "cpu"
+            entry, model = "unimodal.tokenize.unit:do_unit", unit.pictures and self.device != "cpu"
             step = Step(STAGE, str(self.out), facts | unit.facts(), model=model, entry=entry)
             self.jobs.append(Job(part, [step], [], threads=0))
             self.numbers.append(unit.number)

@@ -35,12 +35,12 @@ from unimodal.model.samples import draw, hashed
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.tokenize.document import (
     Image,
+    Part,
     Piece,
     Text,
     Video,
     compose,
     generation,
-    loss_weights,
     parse,
     serialize,
     understanding,
@@ -345,9 +345,10 @@ def test_ids_and_weights_are_those_of_the_documents(tiny_shards: Shards, documen
                 captions = tiny_shards.index["captions"][row + len(tiny_shards)].as_py()
                 for caption in captions:
                     for make, weight in ((generation, 0.5), (understanding, 0.25)):
-                        one = serialize(make(caption["text"], vision), tiny_shards.vocabulary)
-                        if np.array_equal(one[:-1], found[0]):
-                            ids, weights = one, loss_weights(one, tiny_shards.vocabulary, weight)
+                        parts = [Part(segment, True) for segment in make(caption["text"], vision)]
+                        one = write(parts, tiny_shards.vocabulary, weight)
+                        if np.array_equal(one[0][:-1], found[0]):
+                            ids, weights = one
             assert ids is not None and weights is not None
             assert np.array_equal(found[0], ids[:-1]) and np.array_equal(found[1], ids[1:])
             assert np.array_equal(found[2], weights[1:])

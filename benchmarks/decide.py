@@ -25,11 +25,11 @@ import pyarrow as pa
 from unimodal.pipeline.caption import Given
 from unimodal.pipeline.clips import CLIPS
 from unimodal.pipeline.decide import DecideSettings, decide, what_if
-from unimodal.pipeline.inputs import Source
 from unimodal.pipeline.judged import advice, judge
 from unimodal.pipeline.parts import Part, write_parts
 from unimodal.pipeline.presets import CurateSettings
 from unimodal.pipeline.progress import Progress
+from unimodal.pipeline.source import Source
 from unimodal.pipeline.stages import part_stages
 from unimodal.pipeline.view import write_view
 from unimodal.pipeline.work import Engine, Work, joint

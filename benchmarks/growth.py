@@ -68,10 +68,10 @@ def pictures(folder: Path, count: int) -> None:
 def work_of(out: Path, count: int) -> Any:
     """The work of a run over `count` made-up pictures of which only the watch stage is there."""
     from unimodal.pipeline.caption import Given
-    from unimodal.pipeline.inputs import Source
     from unimodal.pipeline.parts import PartSettings, group
     from unimodal.pipeline.presets import CurateSettings
     from unimodal.pipeline.progress import Progress
+    from unimodal.pipeline.source import Source
     from unimodal.pipeline.stages import part_stages
     from unimodal.pipeline.work import Engine, Work
 

@@ -177,6 +177,11 @@ def image_uid(source_sha256: str) -> str:
     return hashlib.sha256(f"{source_sha256}:image".encode()).hexdigest()[:32]
 
 
+def first_text(row: Mapping[str, Any]) -> str | None:
+    """The caption to use of a clip with the column captions; None if it has none with words."""
+    return next((said["text"] for said in row["captions"] or [] if said["text"]), None)
+
+
 def table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     """Rows to a table of exactly `schema`; keys that a row lacks are null."""
     return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unimodal.pipeline.clips import CLIPS
-from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.errors import UsageError, first_line
 from unimodal.pipeline.settings import Settings
 from unimodal.pipeline.where import locked
 
@@ -281,9 +281,8 @@ def held(
         try:
             holds = evaluate(f"coalesce(({keep})::BOOLEAN::TINYINT, -1)", database)
         except duckdb.Error as error:
-            line = str(error).splitlines()[0]
             whose = "decide.extra" if rule.stage == "extra" else "the rule"
-            raise UsageError(f'{whose} "{rule.keep}": {line}') from error
+            raise UsageError(f'{whose} "{rule.keep}": {first_line(error)}') from error
         holds[~kinds[rule.kind]] = -1
         kept = kept & (holds != 0)
         found.append((rule, keep, kinds[rule.kind], holds))

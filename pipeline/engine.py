@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError, first_line
 from unimodal.pipeline.processors import processors
 from unimodal.pipeline.supervise import Patience, Supervised
 from unimodal.pipeline.tell import Tell
@@ -62,15 +62,19 @@ def run_jobs(
 
 def _local(jobs: Sequence[Job], tell: Tell, patience: Patience, workers: int) -> None:
     gpus = gpus_here()
-    if gpus and any(step.model for job in jobs for step in job.steps):
+    if gpus and _with(jobs, models=True):
         # A model per process would fill the GPU with copies: first everybody decodes, then a
         # process per GPU runs the models.
-        light = [replace(job, steps=[s for s in job.steps if not s.model]) for job in jobs]
-        _pool([job for job in light if job.steps], tell, patience, workers, [])
-        heavy = [replace(job, steps=[s for s in job.steps if s.model]) for job in jobs]
-        _pool([job for job in heavy if job.steps], tell, patience, len(gpus), gpus)
+        _pool(_with(jobs, models=False), tell, patience, workers, [])
+        _pool(_with(jobs, models=True), tell, patience, len(gpus), gpus)
     else:
         _pool(jobs, tell, patience, workers, [])
+
+
+def _with(jobs: Sequence[Job], models: bool) -> list[Job]:
+    """The steps of jobs that run a model, or those that do not."""
+    halves = [replace(job, steps=[s for s in job.steps if s.model == models]) for job in jobs]
+    return [job for job in halves if job.steps]
 
 
 def gpus_here() -> list[str]:
@@ -146,9 +150,9 @@ def _ray(
         # A block per part: a part is the unit of scheduling, and of retry when a node is lost.
         parts = ray.data.from_items(rows, override_num_blocks=len(rows))
         pool = ray.data.TaskPoolStrategy(size=min(workers, len(rows)) if workers else None)
-        heavy = gpus > 0 and any(step.model for job in jobs for step in job.steps)
+        heavy = gpus > 0 and bool(_with(jobs, models=True))
         done: ray.data.Dataset = parts
-        if not heavy or any(not step.model for job in jobs for step in job.steps):
+        if not heavy or _with(jobs, models=False):
             task = partial(_ray_part, models=False if heavy else None)
             done = parts.map(task, num_cpus=1, compute=pool)
         if heavy:  # while some parts are decoded, others are at the models already
@@ -161,9 +165,8 @@ def _ray(
             for stage, thing, why in json.loads(row["done"]):
                 tell.done(stage, thing, why)
     except ray.exceptions.RayError as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnimodalError(
-            f"Ray gave up ({line}); what is done is kept: run the same command again"
+            f"Ray gave up ({first_line(error)}); what is done is kept: run the same command again"
         ) from error
     finally:
         if mine:
@@ -189,9 +192,9 @@ def connect(address: str | None, workers: int | None) -> None:
                 **quiet,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnimodalError(
-            f"no Ray at {address or 'this machine'} ({line}): start one, or use --engine local"
+            f"no Ray at {address or 'this machine'} ({first_line(error)}): start one, or use "
+            "--engine local"
         ) from error
 
 

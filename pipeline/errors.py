@@ -32,6 +32,11 @@ class MediaError(UnimodalError):
         self.reason = reason
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in its first line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def reason(error: Exception) -> str:
     """What to tell the user of a source or clip that failed, without its path, on one line."""
     if isinstance(error, MediaError):

@@ -25,7 +25,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import chain, groupby, pairwise
+from itertools import chain, dropwhile, pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,6 +33,7 @@ import pyarrow as pa
 
 from unimodal.pipeline import fetch, media
 from unimodal.pipeline.bounds import Limits
+from unimodal.pipeline.clips import first_text
 from unimodal.pipeline.errors import MediaError, UsageError, full_disk, reason, telling_full_disk
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.parts import read_parts
@@ -111,26 +112,25 @@ def export_clips(
     out.mkdir(parents=True, exist_ok=True)
     progress.begin("clips", len(rows), "clips")
     with telling_full_disk(out):
-        for uri, clips in groupby(rows, key=lambda row: row["uri"]):
-            for row in clips:
-                try:
-                    uid = row["uid"]
-                    if not re.fullmatch(r"[0-9a-f]{32}", uid):  # it becomes a file's name
-                        raise MediaError("its uid is none of ours")
-                    made = _complete(out, uid, how)
-                    done.kept += made is not None
-                    if made is None:
-                        with fetch.local(uri, listed=sources.get(uri), keep=True) as path:
-                            made = _write(path, row, out / uid, how, limits)
-                        done.written += 1
-                    written.append(_sidecar(row, out / uid, made))
-                except Exception as error:
-                    if full_disk(error, out):
-                        raise
-                    why = reason(error)
-                    done.failed.append({"uid": row["uid"], "uri": uri, "reason": why})
-                    progress.note(f"not exported {row['uid']} of {uri}: {why}")
-                progress.advance("clips")
+        for row in rows:
+            uri, uid = row["uri"], row["uid"]
+            try:
+                if not re.fullmatch(r"[0-9a-f]{32}", uid):  # it becomes a file's name
+                    raise MediaError("its uid is none of ours")
+                made = _complete(out, uid, how)
+                done.kept += made is not None
+                if made is None:
+                    with fetch.local(uri, listed=sources.get(uri), keep=True) as path:
+                        made = _write(path, row, out / uid, how, limits)
+                    done.written += 1
+                written.append(_sidecar(row, out / uid, made))
+            except Exception as error:
+                if full_disk(error, out):
+                    raise
+                why = reason(error)
+                done.failed.append({"uid": uid, "uri": uri, "reason": why})
+                progress.note(f"not exported {uid} of {uri}: {why}")
+            progress.advance("clips")
         write_lines(out / "clips.jsonl", written)
         write_lines(out / "failed.jsonl", done.failed)
     progress.end("clips")
@@ -152,10 +152,9 @@ def _complete(out: Path, uid: str, how: Mapping[str, Any]) -> dict[str, Any] | N
 def _sidecar(row: Row, stem: Path, made: Mapping[str, Any]) -> dict[str, Any]:
     """Write a clip's .json and .txt where they differ from what is there; return the former."""
     note = {**row, "meta": dict(row["meta"] or []), "export": made}
-    captions = [c["text"] for c in row["captions"] or [] if c["text"]]
     texts = {".json": json.dumps(note, indent=1, ensure_ascii=False) + "\n"}
-    if captions:
-        texts[".txt"] = captions[0] + "\n"
+    if text := first_text(row):
+        texts[".txt"] = text + "\n"
     else:
         stem.with_suffix(".txt").unlink(missing_ok=True)
     for suffix, text in sorted(texts.items(), reverse=True):  # the .json last: it is the mark
@@ -281,17 +280,20 @@ def _packets(path: Path, index: int, start: int, end: int, inside: bool) -> Iter
     # there is none. From the beginning then: reading packets is cheap, decoding is not.
     for seek in (start, None):
         packets = _demuxed(path, index, seek)
-        group = _from_key(packets, start, inside)
-        if group and (group[0].pts >= start if inside else group[0].pts <= start):
+        near = takewhile(lambda p: p.dts < end if inside else p.dts <= start, packets)
+        keys = (packet.pts for packet in near if packet.is_keyframe)
+        if inside:
+            key = next((pts for pts in keys if pts >= start), None)
+        else:
+            key = max((pts for pts in keys if pts <= start), default=None)
+        if key is not None:
             break
-    else:
-        group = []
-    if not group or group[0].pts >= end:
+    if key is None or key >= end:
         remedy = "inside the clip: use --mode copy or exact" if inside else "before it: use exact"
         raise MediaError(f"no key frame {remedy}")
-    key = group[0].pts
+    packets = dropwhile(lambda p: p.pts != key, _demuxed(path, index, seek))
     late: list[Any] = []  # shown after the end; needed only if something before the end follows
-    for packet in chain(group, packets):
+    for packet in packets:
         if packet.dts >= end:
             return
         if packet.pts < key:
@@ -318,23 +320,6 @@ def _demuxed(path: Path, index: int, seek: int | None) -> Iterator[Any]:
                     raise MediaError("its packets carry no time stamps: use --mode exact")
         except av.error.FFmpegError:
             return  # it cannot be searched, or breaks off here
-
-
-def _from_key(packets: Iterator[Any], start: int, inside: bool) -> list[Any]:
-    """Packets read so far, from the key frame on that `_packets` begins with."""
-    group: list[Any] = []
-    for packet in packets:
-        if packet.is_keyframe and (not inside or packet.pts >= start):
-            if inside:
-                return [packet]
-            if group and packet.pts > start:
-                return [*group, packet]
-            group = [packet]
-        elif group:
-            group.append(packet)
-        if group and packet.dts > start:
-            break
-    return group
 
 
 def _encode(

@@ -17,13 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from unimodal.pipeline import remote, tars
 from unimodal.pipeline.errors import MediaError
-
-if TYPE_CHECKING:
-    from unimodal.pipeline.inputs import Source
+from unimodal.pipeline.source import Source
 
 LARGEST = 64 << 30
 """Bytes of a temporary copy: an hour of camera footage, and no disk full of one object."""
@@ -187,7 +185,7 @@ def _blocks(span: _Span, tick: Tick | None) -> Iterator[bytes]:
 
 def _object(uri: str, listed: Source | None, tick: Tick | None) -> _Span:
     entry = remote.stat(uri, tick)
-    if listed is not None and entry.identity != (uri, listed.size, listed.mtime_ns, listed.etag):
+    if listed is not None and entry.identity != listed.identity:
         raise MediaError(CHANGED)
     return _Span(uri, 0, entry.size, (entry.mtime_ns, entry.etag or str(entry.size)))
 

@@ -88,8 +88,8 @@ def cut_rows(
     asked = json.dumps([sorted(os.path.abspath(i) for i in inputs), bare.watch().digest(), limit])  # noqa: PTH100
     out = cache / f"cut-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
     run = curate(inputs, out, bare, progress=progress, limit=limit, **engine)
-    names = [n for n in CLIPS.names if n not in (*FLOW, "captions", "verdict", "reasons")]
-    names = [n for n in names if n in WATCH.names or n in ("part", "aliases", "meta")]
+    told = {*WATCH.names, "part", "aliases", "meta"} - {*FLOW}
+    names = [name for name in CLIPS.names if name in told]
 
     def rows() -> Iterator[Row]:
         for batch in run.clips.select(names).to_batches(max_chunksize=1000):

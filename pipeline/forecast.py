@@ -13,10 +13,10 @@ from pathlib import Path
 from unimodal.pipeline import fetch, media
 from unimodal.pipeline.bounds import Limits, Probe
 from unimodal.pipeline.errors import MediaError
-from unimodal.pipeline.inputs import Source
 from unimodal.pipeline.parts import plan, read_parts
 from unimodal.pipeline.presets import CurateSettings
 from unimodal.pipeline.processors import processors
+from unimodal.pipeline.source import Source
 from unimodal.pipeline.stage import PartFiles
 from unimodal.pipeline.stages import part_stages
 

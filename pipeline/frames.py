@@ -25,6 +25,11 @@ class Sample:
     hash: int
     jpeg: bytes
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any], jpeg: bytes) -> Sample:
+        """The picture that a row of `clips.SAMPLE` speaks of."""
+        return cls(row["time_s"], row["keyframe"], row["scoring"], row["hash"], jpeg)
+
     def bgr(self) -> np.ndarray:
         """Its pixels, uint8 BGR [H, W, 3]; raises `MediaError` if the JPEG is broken."""
         import cv2
@@ -72,8 +77,7 @@ def read_clip(tar: tarfile.TarFile, row: Mapping[str, Any]) -> Clip:
         file = tar.extractfile(sample["member"])
         if file is None:
             raise KeyError(sample["member"])
-        flags = sample["keyframe"], sample["scoring"]
-        samples.append(Sample(sample["time_s"], *flags, sample["hash"], file.read()))
+        samples.append(Sample.of(sample, file.read()))
     return Clip(row, tuple(samples))
 
 
@@ -85,6 +89,4 @@ def _samples(tar: tarfile.TarFile, row: Mapping[str, Any], path: Path) -> Iterat
         file = tar.extractfile(member) if member is not None else None
         if file is None:
             raise tarfile.ReadError(f"it lacks {sample['member']}")
-        yield Sample(
-            sample["time_s"], sample["keyframe"], sample["scoring"], sample["hash"], file.read()
-        )
+        yield Sample.of(sample, file.read())

@@ -30,6 +30,7 @@ from unimodal.pipeline import fetch, remote, tables, tars
 from unimodal.pipeline.caption import Given, from_row, read_text
 from unimodal.pipeline.errors import MediaError, UsageError
 from unimodal.pipeline.processors import processors
+from unimodal.pipeline.source import Source
 
 MEDIA_SUFFIXES = frozenset(
     f".{suffix}"
@@ -48,28 +49,6 @@ OURS = ".frames.tar"
 
 TEXTS = (".json", ".txt", ".cap", ".caption", ".vtt")
 """Members of a tar that speak of the media with the same key, by precedence."""
-
-
-@dataclass(frozen=True, order=True)
-class Source:
-    """One file, member of a tar or object, as it was when it was listed."""
-
-    uri: str
-    size: int
-    mtime_ns: int  # a member's is its tar's; 0 for an object with an etag
-    sha256: str | None = None  # known only where another source has the same size, or all is hashed
-    copies: tuple[Source, ...] = ()  # other sources with the same bytes
-    etag: str | None = None  # an object's; a member's says where it lies in which state of its tar
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        """The other sources with the same bytes."""
-        return tuple(copy.uri for copy in self.copies)
-
-    @property
-    def identity(self) -> tuple[str, int, int, str | None]:
-        """What must be unchanged for earlier work to count."""
-        return (self.uri, self.size, self.mtime_ns, self.etag)
 
 
 @dataclass(frozen=True)
@@ -153,12 +132,12 @@ class _Found:
     """What the inputs have named so far."""
 
     fraction: float | None
-    entries: dict[str, remote.Entry | None] = field(default_factory=dict)  # files and objects
+    entries: dict[str, Source | None] = field(default_factory=dict)  # files and objects
     tars: dict[str, set[str] | None] = field(default_factory=dict)  # members asked for; None: all
     given: Given = field(default_factory=Given)
     passed_over: bool = False  # the sample left something out
 
-    def add(self, uri: str, entry: remote.Entry | None = None) -> None:
+    def add(self, uri: str, entry: Source | None = None) -> None:
         """Note a file, an object, a tar or a member of one."""
         if (member := tars.split(uri)) is not None:
             names = self.tars.setdefault(member[0], set())
@@ -190,8 +169,7 @@ class _Found:
                 if uri in self.tars:
                     yield from self._members(uri, self.tars[uri])
                 elif remote.is_remote(uri):
-                    entry = self.entries[uri] or answers[uri] or remote.Entry(uri, 0, 0, None)
-                    yield Source(uri, entry.size, entry.mtime_ns, etag=entry.etag)
+                    yield self.entries[uri] or answers[uri] or Source(uri, 0, 0)
                 else:
                     yield _stat(uri)
 
@@ -235,8 +213,8 @@ class _Found:
 
 def _expand(item: str, found: _Found) -> None:
     """Note all that one input names."""
-    named: list[tuple[str, remote.Entry | None]] = []  # taken whatever it is called
-    below: list[tuple[str, remote.Entry | None]] = []  # what lies in a folder, by its name
+    named: list[tuple[str, Source | None]] = []  # taken whatever it is called
+    below: list[tuple[str, Source | None]] = []  # what lies in a folder, by its name
     nothing = "no such file or folder"
     if remote.is_remote(item):
         nothing = "no such object or bucket, or no images or videos in it"

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unimodal.pipeline.clips import write_parquet
+from unimodal.pipeline.clips import first_text, write_parquet
 from unimodal.pipeline.errors import UnimodalError, UsageError, telling_full_disk
 from unimodal.pipeline.export import VERSION, Exported, export_clips, write_lines
 from unimodal.pipeline.files import atomic
@@ -99,8 +99,7 @@ def _exported(folder: Path) -> Iterator[dict[str, Any]]:
 
 def caption(row: Mapping[str, Any]) -> str:
     """The first caption of a clip on one line, without control characters; empty if it has none."""
-    texts = (said["text"] for said in row["captions"] or [] if said["text"])
-    return " ".join(re.sub(r"[\x00-\x1f\x7f]+", " ", next(texts, "")).split())
+    return " ".join(re.sub(r"[\x00-\x1f\x7f]+", " ", first_text(row) or "").split())
 
 
 def _known(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:

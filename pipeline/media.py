@@ -313,25 +313,19 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
         # and the like are no reason to refuse a film.
         container = av.open(f"file:{path}", options=options, metadata_errors="replace")
     except av.error.FFmpegError as error:
-        why = (error.strerror or str(error)).splitlines()[0].strip().rstrip(".")
+        why = (error.strerror or str(error)).strip().rstrip(".")
         raise MediaError(f"not a video that can be read ({why})", path) from error
     with container:
         yield container
 
 
-def _measure(
-    path: Path, container: Any, limits: Limits, threads: int, tick: fetch.Tick | None
-) -> Video:
+def _stream(path: Path, container: Any, limits: Limits) -> Any:
+    """The stream of pictures, which is within the limits; raises `MediaError`."""
     import av
 
-    stream = next(
-        (
-            s
-            for s in container.streams.video
-            if not s.disposition & av.stream.Disposition.attached_pic  # an album's cover
-        ),
-        None,
-    )
+    cover = av.stream.Disposition.attached_pic  # an album's
+    streams = (stream for stream in container.streams.video if not stream.disposition & cover)
+    stream = next(streams, None)
     if stream is None:
         raise MediaError("no video in it (audio only?)", path)
     context = stream.codec_context
@@ -346,6 +340,16 @@ def _measure(
         )
     if stream.time_base is None:
         raise MediaError("it has no time base", path)
+    return stream
+
+
+def _measure(
+    path: Path, container: Any, limits: Limits, threads: int, tick: fetch.Tick | None
+) -> Video:
+    """The video in a container, with its first frame decoded: that tells how it is turned."""
+    stream = _stream(path, container, limits)
+    context = stream.codec_context
+    width, height = context.width, context.height
     # A stream may change its size midway: the decoder itself holds the bound.
     context.options = {**context.options, "max_pixels": str(limits.max_video_pixels)}
     context.thread_type = "AUTO"

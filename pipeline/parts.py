@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from unimodal.pipeline.clips import read_parquet, table, write_parquet
-from unimodal.pipeline.inputs import Source
 from unimodal.pipeline.settings import Settings
+from unimodal.pipeline.source import Source
 
 SCHEMA = pa.schema(
     [

@@ -9,21 +9,15 @@ from typing import Any
 
 from pydantic import field_validator
 
-from unimodal.pipeline.bounds import Limits
 from unimodal.pipeline.captioning.settings import CaptionSettings
 from unimodal.pipeline.decide import DecideSettings
 from unimodal.pipeline.dedup import DedupSettings
 from unimodal.pipeline.errors import UsageError
-from unimodal.pipeline.observers.cut import CutSettings
-from unimodal.pipeline.observers.flow import FlowSettings
-from unimodal.pipeline.observers.keyframes import KeyframeSettings
-from unimodal.pipeline.observers.light import LightSettings
 from unimodal.pipeline.parts import PartSettings
 from unimodal.pipeline.scorers.embed import EmbedSettings
 from unimodal.pipeline.scorers.nsfw import NsfwSettings
 from unimodal.pipeline.scorers.quality import QualitySettings
 from unimodal.pipeline.scorers.text import TextSettings
-from unimodal.pipeline.settings import Settings
 from unimodal.pipeline.stages import SKIPPABLE
 from unimodal.pipeline.supervise import Patience
 from unimodal.pipeline.watch import WatchSettings
@@ -31,17 +25,9 @@ from unimodal.pipeline.watch import WatchSettings
 NOT_THRESHOLDS = ("dedup", "extra")
 
 
-class CurateSettings(Settings):
+class CurateSettings(WatchSettings):
     """Everything that `curate` can be told."""
 
-    cut: CutSettings = CutSettings()
-    """Shot detection and clip lengths."""
-    flow: FlowSettings = FlowSettings()
-    """Motion."""
-    light: LightSettings = LightSettings()
-    """Exposure, sharpness, bars, freezes."""
-    keyframes: KeyframeSettings = KeyframeSettings()
-    """Pictures kept of every clip."""
     text: TextSettings = TextSettings()
     """How much writing is in the picture."""
     quality: QualitySettings = QualitySettings()
@@ -54,8 +40,6 @@ class CurateSettings(Settings):
     """Near-duplicates."""
     skip: tuple[str, ...] = ()
     """Stages to leave out, of text, quality, embed, nsfw, dedup and match."""
-    limits: Limits = Limits()
-    """Bounds on what is decoded."""
     caption: CaptionSettings = CaptionSettings()
     """Captions: those that lie beside the media, and those that a model is to write."""
     decide: DecideSettings = DecideSettings()

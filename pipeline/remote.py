@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError
+from unimodal.pipeline.source import Source
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -40,21 +40,6 @@ _REMOTE = re.compile(rf"({'|'.join(SCHEMES)})://", re.IGNORECASE)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One object, as its store describes it."""
-
-    uri: str
-    size: int
-    mtime_ns: int  # 0 where there is an etag, which says more
-    etag: str | None
-
-    @property
-    def identity(self) -> tuple[str, int, int, str | None]:
-        """As `inputs.Source.identity`."""
-        return (self.uri, self.size, self.mtime_ns, self.etag)
 
 
 def is_remote(uri: str) -> bool:
@@ -81,7 +66,7 @@ def refuse_other_schemes(text: str, place: str = "") -> None:
         )
 
 
-def look(uri: str) -> tuple[list[Entry], list[tuple[str, Entry]]]:
+def look(uri: str) -> tuple[list[Source], list[tuple[str, Source]]]:
     """What an address names: objects, outright or by a glob; or those below a prefix.
 
     The latter with their paths below it. Both empty where there is nothing. Raises `UsageError`
@@ -91,7 +76,7 @@ def look(uri: str) -> tuple[list[Entry], list[tuple[str, Entry]]]:
     if not path:
         raise UsageError(f"{uri}: name a bucket")
     named: list[dict[str, Any]] = []
-    below: list[tuple[str, Entry]] = []
+    below: list[tuple[str, Source]] = []
     try:
         try:
             info = store.info(path)
@@ -119,7 +104,7 @@ def look(uri: str) -> tuple[list[Entry], list[tuple[str, Entry]]]:
     return [_entry(scheme, info) for info in named], below
 
 
-def folder(uri: str) -> list[Entry]:
+def folder(uri: str) -> list[Source]:
     """Objects that lie directly in a folder; nothing if it cannot be listed."""
     scheme, store, path = _opened(uri)
     try:
@@ -129,7 +114,7 @@ def folder(uri: str) -> list[Entry]:
     return [_entry(scheme, info) for info in infos if info["type"] == "file"]
 
 
-def stat(uri: str, tick: Callable[[int], None] | None = None) -> Entry:
+def stat(uri: str, tick: Callable[[int], None] | None = None) -> Source:
     """What the store says of an object; raises `MediaError` with the reason."""
     scheme, store, path = _opened(uri)
     info = patiently(lambda: store.info(path), tick)
@@ -138,10 +123,10 @@ def stat(uri: str, tick: Callable[[int], None] | None = None) -> Entry:
     return _entry(scheme, info)
 
 
-def stat_many(uris: Iterable[str]) -> Iterator[Entry | None]:
+def stat_many(uris: Iterable[str]) -> Iterator[Source | None]:
     """`stat` of each, several at a time; None for one that cannot be had."""
 
-    def one(uri: str) -> Entry | None:
+    def one(uri: str) -> Source | None:
         try:
             return stat(uri)
         except MediaError:
@@ -189,7 +174,7 @@ def _opened(uri: str) -> tuple[str, AbstractFileSystem, str]:
     return scheme, _store(scheme), path
 
 
-def _entry(scheme: str, info: Mapping[str, Any]) -> Entry:
+def _entry(scheme: str, info: Mapping[str, Any]) -> Source:
     # Every store has its own words for the same two things.
     etag = next((info[key] for key in ("ETag", "etag", "generation") if info.get(key)), None)
     changed = ("LastModified", "last_modified", "mtime", "updated")
@@ -200,8 +185,8 @@ def _entry(scheme: str, info: Mapping[str, Any]) -> Entry:
     # The same bytes uploaded again have the same tag: they cost nothing.
     uri = f"{scheme}://{info['name']}"
     if etag:
-        return Entry(uri, int(info["size"] or 0), 0, str(etag).strip('"'))
-    return Entry(uri, int(info["size"] or 0), mtime_ns, None)
+        return Source(uri, int(info["size"] or 0), 0, etag=str(etag).strip('"'))
+    return Source(uri, int(info["size"] or 0), mtime_ns)
 
 
 def patiently(request: Callable[[], T], tick: Callable[[int], None] | None = None) -> T:

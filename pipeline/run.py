@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import metadata
@@ -317,10 +317,8 @@ def _write_info(
     parts = work.parts
     versions = {}
     for name in ("unimodal", *LIBRARIES):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     clips = read_parquet(run.path / "clips.parquet", columns=["verdict", "duration_s"])
     kept = pc.sum(pc.equal(clips.column("verdict"), "keep")).as_py() or 0
     length = pc.sum(clips.column("duration_s")).as_py() or 0.0

@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unimodal.pipeline.clips import read_parquet, table
+from unimodal.pipeline.clips import first_text, read_parquet, table
 from unimodal.pipeline.errors import MediaError, UnimodalError, reason, telling_full_disk
 from unimodal.pipeline.frames import Clip, read_clips
 from unimodal.pipeline.stage import PartFiles
-from unimodal.pipeline.tell import Tell
+from unimodal.pipeline.tell import SILENT, Tell
 
 SCORERS = ("text", "quality", "embed", "nsfw")
 """Modules of `pipeline/scorers` that read pictures, in the order in which they run."""
@@ -53,7 +53,7 @@ def score_part(
     watched: Path,
     folder: Path,
     poison: Mapping[str, str] | None = None,
-    tell: Tell | None = None,
+    tell: Tell = SILENT,
     one_by_one: bool = False,
 ) -> None:
     """Score the clips of a part and commit the columns to `folder`.
@@ -62,7 +62,7 @@ def score_part(
     before and are not looked at; `one_by_one` makes it known which clip does so. Raises
     `UnimodalError` if the model cannot be loaded or the disk is full.
     """
-    tell, poison = tell or Tell(), poison or {}
+    poison = poison or {}
     scorer = module(stage)
     score = loaded(stage, settings)
     tell.seconds(0.0)  # a model took its time to load: that was no stuck clip
@@ -88,14 +88,13 @@ def match_part(
     embedded: Path,
     captions: Path,
     folder: Path,
-    tell: Tell | None = None,
+    tell: Tell = SILENT,
 ) -> None:
     """Compare the first caption of each clip with its embedding; commit to `folder`.
 
     `embedded` is the embed stage's folder, `captions` the caption stage's file. The column `of`
     says which text it was.
     """
-    tell = tell or Tell()
     tell.begin("match", part)
     rows = read_parquet(PartFiles(embedded, part).rows, columns=["uid", "embedding"])
     texts = read_parquet(captions)
@@ -122,12 +121,8 @@ def match_part(
 
 def first_texts(captions: pa.Table) -> dict[str, str]:
     """The caption to use of each clip that has one; a table with the columns uid and captions."""
-    found = {}
-    for row in captions.select(["uid", "captions"]).to_pylist():
-        text = next((said["text"] for said in row["captions"] or [] if said["text"]), None)
-        if text:
-            found[row["uid"]] = text
-    return found
+    rows = captions.select(["uid", "captions"]).to_pylist()
+    return {row["uid"]: text for row in rows if (text := first_text(row))}
 
 
 def text_digest(text: str) -> str:

@@ -60,12 +60,11 @@ def part_stages(settings: CurateSettings) -> Stages:
             # Weights may be replaced under their name: what is in them counts.
             weights = (module.identity(own),) if hasattr(module, "identity") else ()
             scores.append(Stage(name, module.VERSION, own.digest(), (first.folder, *weights)))
-    if "dedup" in settings.skip:
-        skipped["dedup"] = "switched off (skip)"
-    if "match" in settings.skip:
-        skipped["match"] = "switched off (skip)"
-    elif "embed" in skipped:
-        skipped["match"] = "it reads what embed writes"
+    for name in ("dedup", "match"):
+        if name in settings.skip:
+            skipped[name] = "switched off (skip)"
+    if "embed" in skipped:
+        skipped.setdefault("match", "it reads what embed writes")
     return Stages(first, tuple(scores), skipped)
 
 

@@ -41,6 +41,16 @@ class Patience(Settings):
     failures_least: int = 50
     """Failed sources below which it goes on whatever their share."""
 
+    def check(self, failed: int, seen: int, what: str, why: str) -> None:
+        """Raise `UnimodalError` if too many of the first `what` ("sources") failed, as of `why`."""
+        if failed >= self.failures_least and failed > self.failures * seen:
+            raise UnimodalError(
+                f"stopped: {failed} of the first {seen} {what} could not be read, the last one "
+                f"because of: {why}. If a disk or a network was away, run the same command with "
+                "--retry-quarantined; if these files are just broken, with "
+                "--set patience.failures=1"
+            )
+
 
 START_S = 120.0
 """Seconds that a new worker may take to load its libraries."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from unimodal.pipeline import remote, tars
-from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.errors import UsageError, first_line
 
 LISTS = (".txt", ".lst", ".list")
 SUFFIXES = frozenset({*LISTS, ".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
@@ -232,7 +232,7 @@ def _parquet(
                     number += 1
                     yield f"{name}, row {number}", cells
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UsageError(f"{name}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise UsageError(f"{name}: cannot be read ({first_line(error)})") from error
 
 
 def _cells(batch: Any, name: str, before: int) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tell:
     """Where a stage reports to. A thing is a source in the watch stage, else a clip."""
 
@@ -16,3 +16,6 @@ class Tell:
     """So many seconds of video went by; 0 says only that work goes on."""
     done: Callable[[str, str, str], None] = lambda stage, thing, reason: None
     """The thing is finished: "" where it was read, else the reason why it was quarantined."""
+
+
+SILENT = Tell()

@@ -21,14 +21,15 @@ from unimodal.pipeline.clips import WATCH, clip_uid, image_uid, table
 from unimodal.pipeline.errors import MediaError, full_disk, reason, telling_full_disk
 from unimodal.pipeline.framepass import Observer, watch_frames
 from unimodal.pipeline.images import is_image, probe_image
-from unimodal.pipeline.inputs import Source, sha256_of
+from unimodal.pipeline.inputs import sha256_of
 from unimodal.pipeline.observers.cut import Cuts, CutSettings, spans
 from unimodal.pipeline.observers.flow import Flow, FlowSettings
 from unimodal.pipeline.observers.keyframes import Keyframes, KeyframeSettings, Picture
 from unimodal.pipeline.observers.light import Flicker, Light, LightSettings
 from unimodal.pipeline.settings import Settings
+from unimodal.pipeline.source import Source
 from unimodal.pipeline.stage import PartFiles
-from unimodal.pipeline.tell import Tell
+from unimodal.pipeline.tell import SILENT, Tell
 
 VERSION = 2
 
@@ -37,10 +38,15 @@ class WatchSettings(Settings):
     """All that the shared decode depends on."""
 
     cut: CutSettings = CutSettings()
+    """Shot detection and clip lengths."""
     flow: FlowSettings = FlowSettings()
+    """Motion."""
     light: LightSettings = LightSettings()
+    """Exposure, sharpness, bars, freezes."""
     keyframes: KeyframeSettings = KeyframeSettings()
+    """Pictures kept of every clip."""
     limits: Limits = Limits()
+    """Bounds on what is decoded."""
 
 
 class Looks:
@@ -83,7 +89,7 @@ def watch_part(
     settings: WatchSettings,
     folder: Path,
     poison: Mapping[str, str] | None = None,
-    tell: Tell | None = None,
+    tell: Tell = SILENT,
     threads: int = 1,
 ) -> None:
     """Watch the sources of a part and commit its rows, frames and quarantine to `folder`.
@@ -91,7 +97,7 @@ def watch_part(
     Sources in `poison` (uri: reason) are quarantined unopened: they have killed a worker before.
     Raises `UnimodalError` if the disk is full; a bad source raises nothing.
     """
-    tell, poison = tell or Tell(), poison or {}
+    poison = poison or {}
     folder.mkdir(parents=True, exist_ok=True)
     clips: list[_Clip] = []
     quarantined: list[dict[str, str]] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -47,7 +47,7 @@ def rows_where(table: pa.Table, where: str, name: str) -> pa.Array:
             rows = database.sql(f"SELECT __row FROM {name} WHERE ({where}\n) ORDER BY __row")
             return rows.to_arrow_table().column("__row").combine_chunks()
         except duckdb.Error as error:
-            said = str(error).splitlines()[0]
+            said = first_line(error)
             missing = re.search(r'column "(.+?)" not found', said)
             near = missing and difflib.get_close_matches(missing[1], table.column_names, 1, 0)
             hint = f"; the nearest column is {near[0]}" if near else ""

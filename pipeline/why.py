@@ -274,6 +274,27 @@ def _clip_lines(found: Mapping[str, Any]) -> Iterable[str]:
     yield f"{found['verdict'].upper()}  {_span(clip)} of {clip['uri']}"
     yield from (f"  {reason}" for reason in found["reasons"] or [])
     yield ""
+    yield from _place_lines(found)
+    yield from _score_lines(found)
+    if found["duplicates"]:
+        yield from ("", "near-duplicates, the best first")
+        for row in found["duplicates"]:
+            here = "  (this one)" if row["uid"] == clip["uid"] else ""
+            yield f"  {row['verdict']:<5} {row['uid']}  {_span(row)} of {row['uri']}{here}"
+    yield from _caption_lines(found)
+    if found["meta"]:
+        yield from ("", "came along")
+        yield from (f"  {key}: {value}" for key, value in found["meta"].items())
+    yield from ("", "stages")
+    for stage in found["stages"]:
+        yield f"  {stage['stage']:<8} {stage.get('file') or 'skipped: ' + stage.get('skipped', '')}"
+    yield f"  {len(found['frames']['members'])} frames in {found['frames']['tar']}"
+    yield f"  {', '.join(f'{name} {version}' for name, version in found['versions'].items())}"
+    yield from _sick_lines(found["quarantine"])
+
+
+def _place_lines(found: Mapping[str, Any]) -> Iterable[str]:
+    clip = found["clip"]
     yield f"  uid        {clip['uid']}"
     yield f"  source     sha256 {clip['source_sha256']}, part {clip['part']}"
     yield from (f"  also at    {uri}" for uri in clip["aliases"] or [])
@@ -283,6 +304,9 @@ def _clip_lines(found: Mapping[str, Any]) -> Iterable[str]:
         yield f"  span       {clip['start_pts']} to {clip['end_pts']} of {clip['time_base']} s"
         yield f"  begins     at {stamp(clip['start_s'])}: {found['begins']}"
         yield f"  ends       at {stamp(clip['end_s'])}: {found['ends']}"
+
+
+def _score_lines(found: Mapping[str, Any]) -> Iterable[str]:
     yield from ("", "rules")
     rules = [
         ({"pass": "pass", "fail": "FAIL"}.get(rule["result"], "-"), rule["keep"], _told(rule))
@@ -297,11 +321,9 @@ def _clip_lines(found: Mapping[str, Any]) -> Iterable[str]:
     lacking = [name for name in found["scores"] if name not in measured]
     if lacking:
         yield f"  not measured: {', '.join(lacking)}"
-    if found["duplicates"]:
-        yield from ("", "near-duplicates, the best first")
-        for row in found["duplicates"]:
-            here = "  (this one)" if row["uid"] == clip["uid"] else ""
-            yield f"  {row['verdict']:<5} {row['uid']}  {_span(row)} of {row['uri']}{here}"
+
+
+def _caption_lines(found: Mapping[str, Any]) -> Iterable[str]:
     yield from ("", "captions" if found["captions"] else "no captions")
     for caption in found["captions"]:
         told = [str(caption[k]) for k in ("style", "lang", "model", "status") if caption[k]]
@@ -321,15 +343,6 @@ def _clip_lines(found: Mapping[str, Any]) -> Iterable[str]:
                 f"{row['prompt_tokens']} tokens read, {row['output_tokens']} written"
                 + (f"; {row['detail']}" if row["detail"] else "")
             )
-    if found["meta"]:
-        yield from ("", "came along")
-        yield from (f"  {key}: {value}" for key, value in found["meta"].items())
-    yield from ("", "stages")
-    for stage in found["stages"]:
-        yield f"  {stage['stage']:<8} {stage.get('file') or 'skipped: ' + stage.get('skipped', '')}"
-    yield f"  {len(found['frames']['members'])} frames in {found['frames']['tar']}"
-    yield f"  {', '.join(f'{name} {version}' for name, version in found['versions'].items())}"
-    yield from _sick_lines(found["quarantine"])
 
 
 def _source_lines(found: Mapping[str, Any]) -> Iterable[str]:

@@ -193,9 +193,8 @@ def _columns(
     clips = view.live_rows(out / stages.watch.folder, parts)
     for name in score.SCORERS:
         schema = pa.schema([f for f in score.module(name).COLUMNS if f.name in CLIPS.names])
-        files = []
-        if name in stages.folders:
-            files = view.part_files(out / stages.folders[name], parts)
+        ran = name in stages.folders
+        files = view.part_files(out / stages.folders[name], parts) if ran else []
         clips = view.with_columns(clips, files, schema)
     clips, sick = view.with_captions(clips, parts, work.given, plan.sidecars)
     files = []
@@ -364,13 +363,7 @@ def _told(work: Work, sources: int) -> tuple[Tell, Callable[[], None]]:
         progress.advance("sources")
         failed += bool(why)
         seen += 1
-        if failed >= patience.failures_least and failed > patience.failures * seen:
-            raise UnimodalError(
-                f"stopped: {failed} of the first {seen} sources could not be read, the last one "
-                f"({thing}) because of: {why}. If a disk or a network was away, run the same "
-                "command with --retry-quarantined; if these files are just broken, with "
-                "--set patience.failures=1"
-            )
+        patience.check(failed, seen, "sources", f"{why} ({thing})")
 
     if sources:
         begin("sources", sources, "sources")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from unimodal.pipeline.errors import UnimodalError
-from unimodal.pipeline.inputs import Source
+from unimodal.pipeline.source import Source
 from unimodal.pipeline.stage import PartFiles
 from unimodal.pipeline.tell import Tell
 

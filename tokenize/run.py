@@ -270,13 +270,7 @@ def _do(
             progress.advance(STAGE)
         seen += 1
         failed += bool(why)
-        if failed >= patience.failures_least and failed > patience.failures * seen:
-            raise UnimodalError(
-                f"stopped: {failed} of the first {seen} {unit} could not be read, the last one "
-                f"because of: {why}. If a disk or a network was away, run the same command with "
-                "--retry-quarantined; if these files are just broken, with "
-                "--set patience.failures=1"
-            )
+        patience.check(failed, seen, unit, why)
 
     begun = time.monotonic()
     try:

@@ -178,17 +178,17 @@ class Cuts:
         return max(0, right - 1) + int(np.argmin(np.abs(near - ticks)))
 
     def _cut(self, name: str, index: int, timeline: Timeline) -> Cut:
-        settings = self._settings
-        pts = int(timeline.pts[index])
+        first = last = index
         if name == "content":
-            return Cut(pts, pts, pts, Evidence(name, self._changes[index], settings.content))
-        if name == "adaptive":
-            ratio = adaptive_ratio(self._changes, index, settings.window)
-            return Cut(pts, pts, pts, Evidence(name, ratio, settings.adaptive))
-        means = np.asarray(self._means)
-        first, last = fade_extent(means, index, timeline, settings.fade)
-        seen = Evidence(name, float(means[index]), float(settings.fade))
-        return Cut(pts, int(timeline.pts[first]), int(timeline.pts[last]), seen)
+            score = self._changes[index]
+        elif name == "adaptive":
+            score = adaptive_ratio(self._changes, index, self._settings.window)
+        else:
+            score = self._means[index]
+            means = np.asarray(self._means)
+            first, last = fade_extent(means, index, timeline, self._settings.fade)
+        seen = Evidence(name, score, float(getattr(self._settings, name)))
+        return Cut(*(int(timeline.pts[i]) for i in (index, first, last)), seen)
 
 
 def adaptive_ratio(changes: Sequence[float], index: int, window: int) -> float:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from unimodal.pipeline.errors import UsageError
+from unimodal.pipeline.errors import UsageError, first_line
 
 PIECE = 1 << 20  # bytes
 PIECES = 16
@@ -57,10 +57,10 @@ def state_dict(path: str) -> dict[str, Any]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = first_line(error)[:300]
         raise UsageError(
-            f"{path} cannot be read as weights ({why[:300]}): give a safetensors file, or a "
-            "checkpoint of nothing but tensors"
+            f"{path} cannot be read as weights ({why}): give a safetensors file, or a checkpoint "
+            "of nothing but tensors"
         ) from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]

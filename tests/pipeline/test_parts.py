@@ -9,8 +9,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unimodal.pipeline.inputs import Source
 from unimodal.pipeline.parts import Part, PartSettings, digest, group, plan, read_parts, write_parts
+from unimodal.pipeline.source import Source
 
 SMALL = PartSettings(max_bytes=100, max_sources=3)
 

@@ -69,14 +69,11 @@ def probe_image(path: Path, limits: Limits) -> Probe:
                 f"{width}x{height} pixels are over the limit of {limits.max_image_pixels}", path
             )
         codec = (image.format or "image").lower()
-        try:
-            if image.format in ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1:
-                return Probe("video", width, height, codec, animated=True)
-            # For a PNG, Pillow would decode all pixels to look for EXIF behind them.
-            early = image.format != "PNG" or "exif" in image.info
-            orientation = image.getexif().get(0x0112, 1) if early else 1
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise MediaError(f"the image's header cannot be read ({error})", path) from error
+        if image.format in ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1:
+            return Probe("video", width, height, codec, animated=True)
+        # For a PNG, Pillow would decode all pixels to look for EXIF behind them.
+        early = image.format != "PNG" or "exif" in image.info
+        orientation = image.getexif().get(0x0112, 1) if early else 1
         if orientation in (5, 6, 7, 8):  # the four that swap width and height
             width, height = height, width
         return Probe("image", width, height, codec)
@@ -85,10 +82,7 @@ def probe_image(path: Path, limits: Limits) -> Probe:
 def decode_image(path: Path) -> np.ndarray:
     """Pixels of an image that was probed: uint8 RGB [H, W, 3]; raises `MediaError`."""
     with open_pillow(path) as image:
-        try:
-            return to_rgb(image)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise MediaError(f"the image cannot be decoded: {error}", path) from error
+        return to_rgb(image)
 
 
 def to_rgb(image: Image) -> np.ndarray:
@@ -113,7 +107,10 @@ def to_rgb(image: Image) -> np.ndarray:
 
 @contextmanager
 def open_pillow(path: Path) -> Iterator[Image]:
-    """Open one of `IMAGE_FORMATS` without decoding it; raises `MediaError` with the reason."""
+    """Open one of `IMAGE_FORMATS` without decoding it.
+
+    Raises `MediaError` with the reason, also for what Pillow finds wrong while the block reads it.
+    """
     from PIL import Image as pillow
 
     try:
@@ -121,11 +118,11 @@ def open_pillow(path: Path) -> Iterator[Image]:
             warnings.simplefilter("ignore")  # our own bound is stricter than the bomb warning
             pillow.init()  # a Pillow built without AVIF or JPEG 2000 lacks their entries
             image = pillow.open(path, formats=[f for f in IMAGE_FORMATS if f in pillow.OPEN])
+        with image:
+            yield image
     except pillow.DecompressionBombError as error:
         raise MediaError("its header promises far too many pixels", path) from error
     except pillow.UnidentifiedImageError as error:
         raise MediaError("its image format or color layout is not known", path) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise MediaError(f"the image's header cannot be read ({error})", path) from error
-    with image:
-        yield image
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise MediaError(f"the image cannot be decoded: {error}", path) from error

@@ -68,18 +68,16 @@ def _take(path: Path, progress: Progress) -> str:
             turn.unlink()  # whoever had it was killed in that instant
     try:
         _create(turn, token)
+        try:
+            if path.exists():
+                who = _stale(path)
+                path.unlink()
+                progress.note(f"{path.parent}: taking over from {who}, which did not finish")
+            _create(path, token)
+        finally:
+            turn.unlink(missing_ok=True)
     except FileExistsError:
         raise _busy(path.parent, "another process") from None
-    try:
-        if path.exists():
-            who = _stale(path)
-            path.unlink()
-            progress.note(f"{path.parent}: taking over from {who}, which did not finish")
-        _create(path, token)
-    except FileExistsError:
-        raise _busy(path.parent, "another process") from None
-    finally:
-        turn.unlink(missing_ok=True)
     return token
 
 

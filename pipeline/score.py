@@ -135,14 +135,12 @@ def _scored(
 ) -> Iterator[tuple[Clip, dict[str, Any], str]]:
     """Each clip with what was found, and why nothing was."""
     healthy = [clip for clip in clips if clip.row["uid"] not in poison]
+    found: dict[str, dict[str, Any]] = {}
     try:
         found = dict(zip((c.row["uid"] for c in healthy), score(healthy), strict=True))
-    except UnimodalError as error:
-        if not isinstance(error, MediaError):
+    except Exception as error:  # one clip of the batch is at fault, or the model is
+        if isinstance(error, UnimodalError) and not isinstance(error, MediaError):
             raise
-        found = {}
-    except Exception:
-        found = {}  # one clip of the batch is at fault: find out which
     for clip in clips:
         uid = clip.row["uid"]
         if uid in found:

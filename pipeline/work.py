@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -265,18 +266,16 @@ def _describe(work: Work, clips: pa.Table, store: Store) -> bool:
 
 def _forget_stale(folder: Path, clips: pa.Table) -> None:
     """Remove what match found in parts of which a clip's first caption is another one now."""
-    wanted: dict[str, dict[str, str]] = {}
+    wanted: dict[str, set[tuple[str, str]]] = defaultdict(set)
     texts = score.first_texts(clips)
     for row in clips.select(["uid", "part"]).to_pylist():
-        if row["uid"] in texts:
-            digests = wanted.setdefault(row["part"], {})
-            digests[row["uid"]] = score.text_digest(texts[row["uid"]])
-    for part, digests in wanted.items():
+        if text := texts.get(row["uid"]):
+            wanted[row["part"]].add((row["uid"], score.text_digest(text)))
+    for part, pairs in wanted.items():
         file = PartFiles(folder, part).rows
         if file.exists():
             rows = read_parquet(file, columns=["uid", "of"]).to_pylist()
-            there = {row["uid"]: row["of"] for row in rows}
-            if any(there.get(uid) != of for uid, of in digests.items()):
+            if not pairs <= {(row["uid"], row["of"]) for row in rows}:
                 file.unlink()
 
 

@@ -188,7 +188,8 @@ class Cuts:
             means = np.asarray(self._means)
             first, last = fade_extent(means, index, timeline, self._settings.fade)
         seen = Evidence(name, score, float(getattr(self._settings, name)))
-        return Cut(*(int(timeline.pts[i]) for i in (index, first, last)), seen)
+        pts, start, end = (int(timeline.pts[i]) for i in (index, first, last))
+        return Cut(pts, start, end, seen)
 
 
 def adaptive_ratio(changes: Sequence[float], index: int, window: int) -> float:

@@ -22,12 +22,15 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unimodal.pipeline.errors import UsageError, full_disk
 from unimodal.pipeline.files import atomic
+from unimodal.pipeline.lock import run_lock
+from unimodal.pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,11 +100,15 @@ class Folder:
             match = _STALE.fullmatch(path.name)
             if match and not _alive(int(match[1])):
                 path.unlink(missing_ok=True)
-        self.records: dict[str, dict[str, Any]] = {}
+        self.records = _records(out)
         """By name of the file, what results.jsonl says."""
-        for line in _lines(out / RESULTS):
-            if isinstance(line.get("file"), str):
-                self.records[line["file"]] = line
+
+    @contextmanager
+    def held(self, progress: Progress) -> Iterator[None]:
+        """Let nobody else write here while the block runs; raises `UnimodalError` if one does."""
+        with run_lock(self.out, progress):
+            self.records = _records(self.out)  # another may have written them until now
+            yield
 
     def done(self, name: str, asked: Mapping[str, Any]) -> dict[str, Any] | None:
         """The record of file `name` if it is there and was made from what is `asked` now."""
@@ -309,6 +316,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             found.append(record)
     return found
+
+
+def _records(out: Path) -> dict[str, dict[str, Any]]:
+    lines = (line for line in _lines(out / RESULTS) if isinstance(line.get("file"), str))
+    return {line["file"]: line for line in lines}
 
 
 def _torn(file: Any) -> bool:

@@ -44,6 +44,7 @@ def prefer(
     from unimodal.cli import console
     from unimodal.model import prefer as maker
     from unimodal.model.sample import Sampler
+    from unimodal.pipeline.lock import run_lock
     from unimodal.pipeline.settings import build
     from unimodal.tokenize.device import usable
 
@@ -51,8 +52,9 @@ def prefer(
     scorers = dict(maker.scorer(name, settings) for name in score or [])
     texts = maker.read_prompts(prompts)
     source = Path(console.from_stdin(checkpoint))
-    sampler = Sampler.load(source, usable(device))
     progress = console.progress(quiet)
-    made = maker.prefer(sampler, source, texts, out, settings, scorers, votes or (), progress)
+    with run_lock(out, progress):
+        sampler = Sampler.load(source, usable(device))
+        made = maker.prefer(sampler, source, texts, out, settings, scorers, votes or (), progress)
     console.table(f"preferences in {out}", list(made.counts.items()), quiet)
     console.result(made.path, made.counts, json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,41 +190,42 @@ def sample(
     folder = Folder(out or Path("samples")) if out or not words else None
     for one in bad:
         print(f"{one.where}: {one.reason}", file=sys.stderr)
-    told: dict[str, Any] = {"weights": load.weights, "compile": load.compile, "backend": backend}
-    told |= {"tokenizer": load.tokenizer, "kind": load.kind}
-    sampler = Sampler.load(source, where, load.batch, **told)
-    voice = None
-    if stream and words:
-        voice = sys.stdout if sys.stdout.isatty() and not json else sys.stderr
+    with folder.held(console.progress(quiet)) if folder else nullcontext():
+        told: dict[str, Any] = {"weights": load.weights, "tokenizer": load.tokenizer}
+        told |= {"compile": load.compile, "kind": load.kind, "backend": backend}
+        sampler = Sampler.load(source, where, load.batch, **told)
+        voice = None
+        if stream and words:
+            voice = sys.stdout if sys.stdout.isatty() and not json else sys.stderr
 
-    def report(output: Output, record: dict[str, Any], made: bool) -> None:
-        path = {} if folder is None else {"path": str(folder.out / output.name)}
-        if json:
-            print(jsonlib.dumps({**path, **record}), flush=True)
-        elif "text" in record:
-            print("" if made and voice is sys.stdout else record["text"], flush=True)
-        else:
-            print(path["path"], flush=True)
+        def report(output: Output, record: dict[str, Any], made: bool) -> None:
+            path = {} if folder is None else {"path": str(folder.out / output.name)}
+            if json:
+                print(jsonlib.dumps({**path, **record}), flush=True)
+            elif "text" in record:
+                print("" if made and voice is sys.stdout else record["text"], flush=True)
+            else:
+                print(path["path"], flush=True)
 
-    count = sum(item.request.n for item in items)
-    with Show(count, quiet, stream, folder.out if folder else None, voice) as show:
-        if (warned := drawing.warning(source, items)) is not None:
-            show.note(warned)
-        made_by: dict[str, Any] = {"backend": "vllm" if is_address(backend) else backend}
-        made_by |= {"weights": load.weights, "kind": sampler.kind}
-        studio = drawing.Studio(
-            *(sampler, folder, show, report, made_by),
-            together=1 if voice else drawing.sequences(load.batch, backend),
-            alone=len(items) == 1 and file is None,
-        )
-        try:
-            studio.run(items)
-        except BaseException:
-            with suppress(OSError, UnimodalError):  # what is there is put in order
-                drawing.finish(studio, bad, file is not None, columns=0)
-            raise
-        columns = number if number and number > 1 else 8
-        sheet = drawing.finish(studio, bad, file is not None, columns)
+        count = sum(item.request.n for item in items)
+        with Show(count, quiet, stream, folder.out if folder else None, voice) as show:
+            if (warned := drawing.warning(source, items)) is not None:
+                show.note(warned)
+            made_by: dict[str, Any] = {"backend": "vllm" if is_address(backend) else backend}
+            made_by |= {"weights": load.weights, "kind": sampler.kind}
+            studio = drawing.Studio(
+                *(sampler, folder, show, report, made_by),
+                together=1 if voice else drawing.sequences(load.batch, backend),
+                alone=len(items) == 1 and file is None,
+            )
+            try:
+                studio.run(items)
+            except BaseException:
+                with suppress(OSError, UnimodalError):  # what is there is put in order
+                    drawing.finish(studio, bad, file is not None, columns=0)
+                raise
+            columns = number if number and number > 1 else 8
+            sheet = drawing.finish(studio, bad, file is not None, columns)
     if sheet:
         print(jsonlib.dumps(sheet) if json else sheet["path"])
     if code := drawing.conclude(studio, items, bad, file is not None):

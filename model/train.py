@@ -51,6 +51,7 @@ from unimodal.model.recipe import TrainSettings, check_resumed, learning_rate
 from unimodal.model.samples import TASKS, draw, hashed
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
+from unimodal.pipeline.lock import first_rank_lock
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.device import usable
 from unimodal.tokenize.training import Interrupted, Record, WeightAverage, not_finite, signals
@@ -98,11 +99,15 @@ def train(
     `init` is a directory of weights to start from (see `unimodal.model.naming`). With `resume`, a
     run that `out` already holds is continued (or found finished), whatever `init` is; without,
     such a directory is refused. SIGTERM and Ctrl-C save and raise `Interrupted`. Raises
-    `UnimodalError` for unusable shards or weights, changed settings or data, and a loss that is
-    not finite.
+    `UnimodalError` for unusable shards or weights, changed settings or data, a loss that is not
+    finite, and if another process writes to `out`.
     """
-    with joined(settings.mesh, usable(settings.device)) as mesh:
-        return _train(shards, out, settings, mesh, init, progress or Progress(), resume)
+    progress = progress or Progress()
+    with (
+        first_rank_lock(out, progress),
+        joined(settings.mesh, usable(settings.device)) as mesh,
+    ):
+        return _train(shards, out, settings, mesh, init, progress, resume)
 
 
 def _train(

@@ -1,4 +1,4 @@
-"""One writer at a time in a run directory."""
+"""One writer at a time in a directory of results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from unimodal.pipeline.errors import UnimodalError
@@ -45,6 +45,11 @@ def run_lock(run: Path, progress: Progress) -> Iterator[None]:
             path.unlink(missing_ok=True)
         if mine and not any(run.iterdir()):  # nothing came of it: leave nothing behind
             run.rmdir()
+
+
+def first_rank_lock(run: Path, progress: Progress) -> AbstractContextManager[None]:
+    """`run_lock`, taken by the first of the processes that torchrun started, for all of them."""
+    return run_lock(run, progress) if os.environ.get("RANK", "0") == "0" else nullcontext()
 
 
 def _holds(path: Path, token: str) -> bool:
@@ -83,7 +88,13 @@ def _take(path: Path, progress: Progress) -> str:
 
 def _create(path: Path, token: str) -> None:
     with path.open("x") as file:
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "token": token}, file)
+        try:
+            who = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
+            json.dump({**who, "token": token}, file)
+            file.flush()
+        except OSError:  # a full disk: an empty lock would keep everybody out for a minute
+            path.unlink()
+            raise
 
 
 def _stale(path: Path) -> str:
@@ -96,7 +107,9 @@ def _stale(path: Path) -> str:
     except ValueError:
         holder, age = {}, STALE_S + 1
     who = f"process {holder.get('pid')} on {holder.get('host')}"
-    dead = holder.get("host") == socket.gethostname() and not _alive(holder.get("pid"))
+    dead = holder.get("host") == socket.gethostname() and not _alive(
+        holder.get("pid"), holder.get("born")
+    )
     if not dead and age < STALE_S:
         raise _busy(path.parent, who)
     return who
@@ -106,7 +119,7 @@ def _busy(run: Path, who: str) -> UnimodalError:
     return UnimodalError(f"{run}: {who} is writing this run; wait for it, or end it first")
 
 
-def _alive(pid: object) -> bool:
+def _alive(pid: object, born: object) -> bool:
     if not isinstance(pid, int):
         return False
     try:
@@ -114,5 +127,14 @@ def _alive(pid: object) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    # A container that is started again has the same name and gives the same numbers.
+    return born is None or _born(pid) in (None, born)
+
+
+def _born(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks; None where that cannot be known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None

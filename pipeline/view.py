@@ -143,14 +143,15 @@ def captions_of(
 
 
 def quarantined(folders: Sequence[Path], parts: Sequence[Part]) -> list[dict[str, str]]:
-    """What the parts could not read in any of the stages' folders."""
+    """What the parts could not read in any of the stages' folders; its copies are named too."""
     rows = []
     for folder in folders:
         for part in parts:
             file = PartFiles(folder, part.name).quarantine
             if file.exists():
-                live = {source.uri for source in part.sources}
-                rows += [r for r in read_parquet(file).to_pylist() if r["uri"] in live]
+                live = {s.uri: (s.uri, *s.aliases) for s in part.sources}
+                for row in read_parquet(file).to_pylist():
+                    rows += [{**row, "uri": uri} for uri in live.get(row["uri"], ())]
     return sorted(rows, key=lambda row: (row["uri"], row["stage"], row["reason"]))
 
 

@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 
 from unimodal.cli.outputs import read_about
+from unimodal.pipeline.lock import run_lock
+from unimodal.pipeline.progress import Progress
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -534,3 +536,14 @@ def test_there_are_at_most_25_options_and_help_is_instant() -> None:
     code = f"import sys, unimodal.cli.app, unimodal.cli.sample; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_second_command_is_refused_while_one_writes_to_the_folder(
+    sample: Call, drawer: Path, tmp_path: Path
+) -> None:
+    with run_lock(tmp_path, Progress()):
+        code, said, told = sample(drawer, "a cat", "-o", tmp_path)
+        assert code == 1 and not said and f"process {os.getpid()}" in told
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    assert sample(drawer, "a cat", "-o", tmp_path)[0] == 0
+    assert not (tmp_path / "run.lock").exists()

@@ -16,6 +16,7 @@ from PIL import Image
 from unimodal.cli import outputs
 from unimodal.cli.outputs import Folder, contact_sheet, name_of, read_about, slug_of
 from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.progress import Progress
 
 ASKED: dict[str, Any] = {"prompt": 'a „kite“\n<b>"', "seed": 3, "guidance": 1.5, "size": [16, 24]}
 
@@ -53,6 +54,17 @@ def test_a_clip_has_its_frames_its_rate_and_tells_what_was_asked(tmp_path: Path,
     before = path.read_bytes()
     Folder(tmp_path).write(path.name, _clip(), 6.0, ASKED)
     assert path.read_bytes() == before
+
+
+def test_a_folder_has_one_writer_who_knows_what_the_one_before_made(tmp_path: Path) -> None:
+    second, name = Folder(tmp_path), "000-a-s3-0.png"
+    with Folder(tmp_path).held(Progress()):
+        Folder(tmp_path).write(name, _picture(), None, ASKED)
+        with pytest.raises(UnimodalError, match=f"process {os.getpid()}"), second.held(Progress()):
+            pass
+    with second.held(Progress()):
+        second.finish()
+    assert name in (tmp_path / "results.jsonl").read_text()
 
 
 def test_what_is_there_from_the_same_is_done_and_from_another_is_not(tmp_path: Path) -> None:

@@ -86,6 +86,18 @@ def test_an_interrupted_run_has_bit_for_bit_the_losses_of_an_uninterrupted_one(
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_a_second_training_of_a_directory_is_refused_while_one_is_under_way(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings
+) -> None:
+    class Another(Progress):
+        def show(self, values: Mapping[str, Any]) -> None:
+            with pytest.raises(UnimodalError, match=f"process {os.getpid()}"):
+                train([tiny_shards.path], tmp_path / "run", tiny_settings())
+
+    train([tiny_shards.path], tmp_path / "run", tiny_settings("steps=2"), progress=Another())
+    assert latest_step(tmp_path / "run") and not (tmp_path / "run/run.lock").exists()
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint_and_repeats_no_metrics(
     tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from unimodal.pipeline.errors import UnimodalError
-from unimodal.pipeline.lock import STALE_S, run_lock
+from unimodal.pipeline.lock import STALE_S, first_rank_lock, run_lock
 from unimodal.pipeline.progress import Progress
 
 
@@ -44,9 +45,9 @@ def test_a_second_writer_is_refused_by_name_and_let_in_afterwards(tmp_path: Path
         pass
 
 
-def _leave(run: Path, host: str, pid: int, age: float) -> None:
+def _leave(run: Path, host: str, pid: int, age: float, born: str | None = None) -> None:
     lock = run / "run.lock"
-    lock.write_text(json.dumps({"host": host, "pid": pid}))
+    lock.write_text(json.dumps({"host": host, "pid": pid, "born": born}))
     os.utime(lock, (time.time() - age, time.time() - age))
 
 
@@ -62,6 +63,15 @@ def test_a_lock_of_the_dead_is_taken_over_with_a_message(tmp_path: Path) -> None
         with run_lock(tmp_path, notes):
             pass
         assert len(notes.lines) == 1 and "taking over" in notes.lines[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="tells when processes began")
+def test_a_lock_of_the_dead_whose_number_another_process_has_is_taken_over(tmp_path: Path) -> None:
+    _leave(tmp_path, socket.gethostname(), os.getpid(), 0.0, born="1")
+    notes = Notes()
+    with run_lock(tmp_path, notes):
+        pass
+    assert len(notes.lines) == 1
 
 
 def test_a_lock_of_another_machine_that_still_beats_is_respected(tmp_path: Path) -> None:
@@ -100,3 +110,29 @@ def test_of_several_that_find_the_same_stale_lock_one_at_a_time_gets_it(tmp_path
         most, refused = _enter_together(tmp_path, 4)
         assert most and set(most) == {1} and len(most) + len(refused) == 4
         assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_lock_that_a_full_disk_cut_short_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(record: object, file: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("unimodal.pipeline.lock.json.dump", full)
+    with pytest.raises(OSError, match="No space"), run_lock(tmp_path / "new", Progress()):
+        pass
+    monkeypatch.undo()
+    with run_lock(tmp_path / "new", Progress()):
+        pass
+
+
+def test_of_the_processes_of_torchrun_the_first_holds_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with first_rank_lock(tmp_path, Progress()):
+        with pytest.raises(UnimodalError), first_rank_lock(tmp_path, Progress()):
+            pass
+        monkeypatch.setenv("RANK", "1")
+        with first_rank_lock(tmp_path, Progress()):
+            pass
+        assert (tmp_path / "run.lock").exists()

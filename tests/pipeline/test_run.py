@@ -139,6 +139,17 @@ def test_copies_are_one_clip_with_aliases(tmp_path: Path, pictures: Path) -> Non
     assert [caption["text"] for caption in row["captions"]] == ["a caption of the copy"]
 
 
+def test_every_copy_of_a_file_that_cannot_be_read_is_in_the_quarantine(
+    tmp_path: Path, pictures: Path
+) -> None:
+    for name in ("broken.png", "copy.png"):
+        (pictures / name).write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    run = _curate(pictures, out=tmp_path / "run")
+    rows = run.quarantine.to_pylist()
+    assert [Path(row["uri"]).name for row in rows] == ["broken.png", "copy.png"]
+    assert rows[0]["reason"] == rows[1]["reason"] and run.info["totals"]["quarantined"] == 2
+
+
 def test_captions_come_by_precedence_and_their_edits_cost_no_decoding(
     tmp_path: Path, pictures: Path
 ) -> None:

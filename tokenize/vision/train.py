@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
+from unimodal.pipeline.lock import first_rank_lock
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.device import out_of_memory
 from unimodal.tokenize.training import Interrupted, Record, WeightAverage, not_finite, signals
@@ -75,11 +76,13 @@ def train_tokenizer(
 
     `init` is a tokenizer directory whose weights are the start. Under `torchrun`, every process
     calls this. Returns `out`. SIGTERM and Ctrl-C save and raise `Interrupted`; raises
-    `UnimodalError` for a state of other settings or data and for a loss that is not finite.
+    `UnimodalError` for a state of other settings or data, for a loss that is not finite, and if
+    another process writes to `out`.
     """
+    progress = progress or Progress()
     full = out_of_memory(f"batch (now {settings.batch}) or crop (now {settings.crop})")
-    with joined(device) as (ranks, device), full:
-        return _train(inputs, out, settings, init, device, ranks, progress or Progress())
+    with first_rank_lock(out, progress), joined(device) as (ranks, device), full:
+        return _train(inputs, out, settings, init, device, ranks, progress)
 
 
 def _train(

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from skimage.data import astronaut, coffee
 
 from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.settings import build
 from unimodal.tokenize.vision import bank as banks
@@ -88,6 +89,15 @@ class _Kill(Progress):
         self.seen = getattr(self, "seen", 0) + (task == "steps" and amount == 1)
         if self.seen == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_directory_that_another_process_writes_to_is_refused(
+    pictures: Path, tmp_path: Path
+) -> None:
+    with run_lock(tmp_path, Progress()):
+        with pytest.raises(UnimodalError, match=f"process {os.getpid()}"):
+            train_tokenizer([pictures], tmp_path, _settings())
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
 def test_a_training_stopped_by_sigterm_and_resumed_ends_with_the_same_bytes(

@@ -207,7 +207,9 @@ def clip(pixels: np.ndarray, fps: float, form: str, about: Mapping[str, Any]) ->
     from PIL import Image
 
     if form == "mp4":
-        return _mp4(pixels, fps, _text(about))
+        from unimodal.tokenize.pictures import mp4
+
+        return mp4(pixels, fps, _text(about))
     file = io.BytesIO()
     first, *rest = (Image.fromarray(frame) for frame in pixels)
     # Rounded as times, not as durations, so that it does not add up. A GIF counts in 10 ms.
@@ -245,27 +247,3 @@ def _exif(about: Mapping[str, Any] | None) -> bytes:
     exif = Image.Exif()
     exif[EXIF_DESCRIPTION] = text
     return exif.tobytes()
-
-
-def _mp4(pixels: np.ndarray, fps: float, comment: str) -> bytes:
-    """H.264 (MPEG-4 part 2 where FFmpeg was built without it), sides made even by repetition."""
-    from fractions import Fraction
-
-    import av
-
-    height, width = pixels.shape[1:3]
-    pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        container.metadata["comment"] = comment
-        stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = pixels.shape[1:3]
-        # x264's macroblock tree reads unwritten memory where pictures are small: now and then the
-        # same frames came out in other bytes.
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "14", "x264-params": "mbtree=0"}
-        for frame in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return file.getvalue()

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -27,6 +26,7 @@ from unimodal.pipeline.report.sheet import check_ours, data, document, figure, p
 from unimodal.pipeline.report.words import count, cut_off, share, table
 from unimodal.tokenize.document import Text, parts_length, segment_length
 from unimodal.tokenize.fidelity import TASK, Eye, Figures, clip_row, fidelity, usage
+from unimodal.tokenize.pictures import mp4
 from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings
 from unimodal.tokenize.shards import Shards
 from unimodal.tokenize.stats import SIZE, Statistics
@@ -462,19 +462,11 @@ def _sheet(stem: Path, pictures: Sequence[tuple[str, np.ndarray]], columns: int)
 
 def _movie(stem: Path, pictures: np.ndarray, fps: float) -> Html:
     """Write uint8 [F, H, W, 3] as `stem`.mp4; returns the element that plays it."""
-    import av
-
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    path = stem.with_name(f"{stem.name}.mp4")
-    with atomic(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = pictures.shape[1:3]
-        stream.pix_fmt, stream.options = "yuv420p", {"crf": "14"}
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    film = mp4(pictures, fps)
+    with atomic(stem.with_name(f"{stem.name}.mp4")) as temporary:
+        temporary.write_bytes(film)
     played = dict.fromkeys(("controls", "loop", "muted", "autoplay", "playsinline"), True)
-    return h("figure", h("video", src=data("video/mp4", path.read_bytes()), **played))
+    return h("figure", h("video", src=data("video/mp4", film), **played))
 
 
 def _name(thing: str) -> str:

@@ -6,6 +6,7 @@ windows of a video -> frames by time stamp, one decoder for all
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -106,3 +107,28 @@ def fit(picture: np.ndarray, window: Window) -> np.ndarray:
         x0, y0, x1, y1 = window.box
         picture = np.ascontiguousarray(picture[y0:y1, x0:x1])
     return resize(picture, window.size)
+
+
+def mp4(pixels: np.ndarray, fps: float, comment: str = "") -> bytes:
+    """uint8 [F, H, W, 3] as H.264, or MPEG-4 part 2 where FFmpeg was built without it.
+
+    Sides are made even by repetition.
+    """
+    import av
+
+    height, width = pixels.shape[1:3]
+    pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        container.metadata["comment"] = comment
+        stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
+        stream.height, stream.width = pixels.shape[1:3]
+        # x264's macroblock tree reads unwritten memory where pictures are small: now and then the
+        # same frames came out in other bytes.
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "14", "x264-params": "mbtree=0"}
+        for frame in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()

@@ -133,13 +133,11 @@ def do_unit(job: Job, step: Step, poison: Mapping[str, str], tell: Tell) -> None
     torch.set_num_threads(1)  # of each that encodes: see `Work.encode`
     try:
         with exact_arithmetic():
-            if facts["run"] not in KEPT:
-                KEPT.clear()
-                with _alive(tell):
-                    settings = facts["settings"]
-                    KEPT[facts["run"]] = Setup.load(out, facts["device"], settings)
-            setup = KEPT[facts["run"]]
             with _alive(tell):
+                if facts["run"] not in KEPT:
+                    KEPT.clear()
+                    KEPT[facts["run"]] = Setup.load(out, facts["device"], facts["settings"])
+                setup = KEPT[facts["run"]]
                 _ = facts["pictures"] and setup.tokenizer
             rows = "spans" in facts
             unit = RowUnit.of(facts) if rows else setup.unit(facts["number"], facts["at"])

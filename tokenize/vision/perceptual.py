@@ -15,17 +15,15 @@ them, `torch.load(weights_only=True)`):
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.scorers.weights import state_dict
 
 WIDTHS = (64, 128, 256, 512, 512)
 # Places of the convolutions in torchvision's `vgg16().features`, by the five stages whose last
@@ -80,7 +78,7 @@ def load_lpips(path: str | Path) -> LPIPS:
         raise UsageError(f"{path}: no LPIPS weights; give a .safetensors or .pth, or a directory")
     found: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in _read(file).items():
+        for name, tensor in state_dict(str(file)).items():
             if match := re.fullmatch(r"(?:features|net\.slice\d)\.(\d+\.(?:weight|bias))", name):
                 found[f"features.{match[1]}"] = tensor
             elif match := re.fullmatch(r"lins?\.?(\d)\.model\.1\.weight", name):
@@ -96,16 +94,3 @@ def load_lpips(path: str | Path) -> LPIPS:
         )
     model.load_state_dict({name: found[name].float() for name in wanted})
     return model.eval()
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UnimodalError(f"{file} cannot be read as weights ({reason})") from error
-    if not isinstance(state, dict):
-        raise UnimodalError(f"{file}: holds no named tensors")
-    return {str(name): t for name, t in state.items() if isinstance(t, Tensor)}

@@ -34,7 +34,8 @@ from unimodal.model.sample import Sampler
 from unimodal.model.train import train
 from unimodal.pipeline.files import atomic
 from unimodal.tokenize.document import Image, Piece, Text
-from unimodal.tokenize.shards import Sample, ShardWriter, write_shard
+from unimodal.tokenize.shard import write_shard
+from unimodal.tokenize.shards import Sample, ShardWriter
 from unimodal.tokenize.vision.pixels import to_pixels, to_uint8
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 from unimodal.tokenize.vocabulary import Vocabulary

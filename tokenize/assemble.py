@@ -23,7 +23,7 @@ from unimodal.tokenize.corpora import Draft, RowUnit, drafts, finite
 from unimodal.tokenize.document import Image, Piece, Text, parts_length
 from unimodal.tokenize.pictures import fit, image_pixels, video_pixels
 from unimodal.tokenize.plan import Unit, Window, captions_of, score_columns, split_of, windows
-from unimodal.tokenize.shards import Sample
+from unimodal.tokenize.shard import Sample
 
 if TYPE_CHECKING:
     from unimodal.tokenize.unit import Codes, Work

@@ -36,7 +36,7 @@ from pydantic import TypeAdapter
 from unimodal.pipeline import tables
 from unimodal.pipeline.errors import MediaError, UsageError
 from unimodal.tokenize.plan import TokenizeSettings
-from unimodal.tokenize.shards import INDEX
+from unimodal.tokenize.shard import INDEX
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

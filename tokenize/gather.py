@@ -29,7 +29,8 @@ from unimodal.pipeline.errors import UnimodalError, UsageError, full_disk
 from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.where import rows_where
-from unimodal.tokenize.shards import INDEX, Shards, ShardWriter, commit_shard, shard_paths
+from unimodal.tokenize.shard import INDEX, commit_shard, shard_paths
+from unimodal.tokenize.shards import Shards, ShardWriter
 
 TASK = "copied"
 MAX_SHARD_BYTES = 256 << 20

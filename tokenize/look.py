@@ -252,7 +252,7 @@ def _document(
 def _overview(shards: Shards, eye: Eye | None, stem: Path) -> tuple[Figures, Html]:
     """What a shard directory holds, from its index and a bounded number of its codes."""
     index, totals, files = shards.index, shards.manifest["totals"], shards.manifest["shards"]
-    book = int(shards.manifest["vision_tokenizer"]["codebook_size"])
+    book = shards.codebook_size
     statistics = Statistics(shards)
     counted = statistics.record()
     sizes, captions = counted["sizes"], counted["captions"]

@@ -31,7 +31,7 @@ from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError, full
 from unimodal.pipeline.settings import Settings
 from unimodal.pipeline.supervise import Patience
 from unimodal.tokenize.document import block_length
-from unimodal.tokenize.shards import INDEX
+from unimodal.tokenize.shard import INDEX
 from unimodal.tokenize.vocabulary import Vocabulary
 
 TEMPORAL = 4

@@ -27,7 +27,8 @@ from unimodal.tokenize.plan import (
     kept_clips,
     units,
 )
-from unimodal.tokenize.shards import HEADER, Shards, unit_of
+from unimodal.tokenize.shard import unit_of
+from unimodal.tokenize.shards import HEADER, Shards
 
 TASK = "captions"
 

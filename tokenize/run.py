@@ -38,7 +38,8 @@ from unimodal.tokenize.plan import (
     score_columns,
     units,
 )
-from unimodal.tokenize.shards import Shards, ShardWriter, check_ours, shard_paths
+from unimodal.tokenize.shard import shard_paths
+from unimodal.tokenize.shards import Shards, ShardWriter, check_ours
 from unimodal.tokenize.unit import KEPT, PLAN, STAGE, Setup, VisionTokenizer
 from unimodal.tokenize.vocabulary import Vocabulary
 

@@ -34,6 +34,7 @@ from unimodal.tokenize.assemble import STAGE, clips, documents
 from unimodal.tokenize.corpora import RowUnit
 from unimodal.tokenize.device import out_of_memory, usable
 from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings, Unit, units
+from unimodal.tokenize.shard import write_shard
 from unimodal.tokenize.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def do_unit(job: Job, step: Step, poison: Mapping[str, str], tell: Tell) -> None
                 else:
                     samples, lost = clips(work, unit)
             header, scores = setup.header, facts["scores"]
-            shards.write_shard(out, unit.number, header, scores, digest, samples, lost)
+            write_shard(out, unit.number, header, scores, digest, samples, lost)
     except OSError as error:
         raise full_disk(error, out) or error from error
     finally:

@@ -24,11 +24,10 @@ import io
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -36,6 +35,7 @@ from pydantic import TypeAdapter
 from unimodal.pipeline import tables
 from unimodal.pipeline.errors import MediaError, UsageError
 from unimodal.tokenize.plan import TokenizeSettings
+from unimodal.tokenize.rows import STEP, records
 from unimodal.tokenize.shard import INDEX
 
 if TYPE_CHECKING:
@@ -55,12 +55,6 @@ TEXTS = 64
 """A shard holds so many times `shard_size` samples of text, which are small and quickly done."""
 MAX_UNIT_BYTES = 64 << 20
 """A unit of rows is closed at this size, however few they are."""
-MAX_TEXT_BYTES = 1 << 20
-"""A file or paragraph of .txt is cut behind this, at a line's end if there is one."""
-MAX_ROW_BYTES = 64 << 20
-STEP = 1 << 20  # bytes that are read at a time
-
-_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}"]', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -212,7 +206,7 @@ def _first_rows(path: Path, form: str) -> Iterator[Any]:
             raise ValueError(str(error).splitlines()[0]) from error
         return
     with path.open("rb") as file:
-        for _, _, data in _records(file, form, "", 0):
+        for _, _, data in records(file, form, "", 0):
             yield json.loads(data.decode("utf-8-sig"))
 
 
@@ -262,7 +256,7 @@ def _byte_spans(
     with Path(corpus.path).open("rb") as file:
         start = end = rows = first = 0
         state = hashlib.sha256()
-        for at, line, data in _records(file, corpus.format, settings.text_by, 0):
+        for at, line, data in records(file, corpus.format, settings.text_by, 0):
             if rows and (rows >= most or at + len(data) - start > MAX_UNIT_BYTES):
                 yield Span(corpus, start, end, number, rows, first, state.hexdigest()), end - start
                 number, rows, state = number + rows, 0, hashlib.sha256()
@@ -296,89 +290,6 @@ def _parquet_spans(
                 number, at = number + rows, at + rows
 
 
-def _records(file: IO[bytes], form: str, by: str, depth: int) -> Iterator[tuple[int, int, bytes]]:
-    """Where each row begins (byte; row or line from 1), and its bytes.
-
-    `depth` is 1 in the middle of an array. Raises `ValueError` for an array that breaks off.
-    """
-    if form == "array":
-        yield from _elements(file, depth)
-    elif form == "lines":
-        at, line = file.tell(), 0
-        while data := file.readline(MAX_ROW_BYTES):
-            line += 1
-            begin, rest = at, data
-            at += len(data)
-            while len(rest) == MAX_ROW_BYTES and not rest.endswith(b"\n"):
-                data = b"{\n"  # too long: it is told of as a row that is no JSON
-                rest = file.readline(MAX_ROW_BYTES)
-                at += len(rest)
-            if data.strip():
-                yield begin, line, data
-    else:
-        yield from _texts(file, by)
-
-
-def _texts(file: IO[bytes], by: str) -> Iterator[tuple[int, int, bytes]]:
-    """Documents of a .txt, of at most `MAX_TEXT_BYTES`."""
-    at = begin = file.tell()
-    number, held = 1, b""
-    while data := file.readline(MAX_TEXT_BYTES):
-        if len(data) == MAX_TEXT_BYTES and not data.endswith(b"\n"):
-            data = data[: data.rfind(b" ") + 1 or _whole(data) or None]
-            file.seek(at + len(data))
-        blank = not data.strip() and by != "file"
-        if held and (by == "line" or blank or len(held) + len(data) > MAX_TEXT_BYTES):
-            yield begin, number, held
-            number, held = number + 1, b""
-        if not blank:
-            begin, held = begin if held else at, held + data
-        at += len(data)
-    if held.strip():
-        yield begin, number, held
-
-
-def _whole(data: bytes) -> int:
-    """Bytes of `data` without a character of UTF-8 that is cut at its end."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    decoder.decode(data[-4:])
-    return len(data) - len(decoder.getstate()[0])
-
-
-def _elements(file: IO[bytes], depth: int) -> Iterator[tuple[int, int, bytes]]:
-    """Objects of an array of JSON, found by their brackets alone."""
-    buffer, base, at, number, whole = b"", file.tell(), 0, 0, not depth
-    begin: int | None = None
-    while chunk := file.read(STEP):
-        buffer += chunk
-        for match in _TOKENS.finditer(buffer, at):
-            token, at = match[0], match.end()
-            if token == b'"':  # a string that goes on in the next chunk
-                at = match.start()
-                break
-            if token in b"[{":
-                if depth == 0 and token == b"{":
-                    raise ValueError("its outermost value is no array")
-                depth += 1
-                if depth == 2:
-                    begin = match.start()
-            elif token in b"]}":
-                depth -= 1
-                if depth == 1 and begin is not None:
-                    number += 1
-                    yield base + begin, number, buffer[begin:at]
-                    begin = None
-        else:
-            at = len(buffer)
-        keep = at if begin is None else begin
-        buffer, base, at = buffer[keep:], base + keep, at - keep
-        begin = None if begin is None else 0
-        if len(buffer) > MAX_ROW_BYTES:
-            raise ValueError(f"row {number + 1} is over {MAX_ROW_BYTES >> 20} MiB")
-    if begin is not None or (whole and depth):
-        raise ValueError(f"its array breaks off in row {number + 1}: is the file whole?")
-
-
 def drafts(unit: RowUnit, settings: TokenizeSettings) -> Iterator[Draft]:
     """Rows of a unit as documents to be, one for each row that the plan counted.
 
@@ -407,7 +318,7 @@ def _rows(span: Span, settings: TokenizeSettings) -> Iterator[tuple[int, Any]]:
     with Path(corpus.path).open("rb") as file:
         file.seek(span.start)
         part = io.BytesIO(file.read(span.end - span.start))
-    for _, row, data in _records(part, corpus.format, settings.text_by, 1):
+    for _, row, data in records(part, corpus.format, settings.text_by, 1):
         try:
             text = data.decode("utf-8-sig")
             said = {settings.text_column: text.strip("\r\n")}

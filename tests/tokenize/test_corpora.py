@@ -17,6 +17,7 @@ from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize import corpora
+from unimodal.tokenize import rows as files
 from unimodal.tokenize.corpora import RowUnit, drafts, find_corpora, row_units
 from unimodal.tokenize.document import Image, Piece, Text, compose, parts_length, write
 from unimodal.tokenize.gather import gather
@@ -243,7 +244,7 @@ def test_texts_are_files_paragraphs_or_lines(tmp_path: Path) -> None:
 def test_long_texts_are_cut_between_words_and_never_inside_a_character(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
-    monkeypatch.setattr(corpora, "MAX_TEXT_BYTES", 16)
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 16)
     whole = "eins zwei dreißig\nvierzig €€€€€€€€€€€€ fünf\n\nsechs sieben acht neun zehn"
     (tmp_path / "a.txt").write_text(whole)
     _, found = planned([tmp_path / "a.txt"], text_by=by)
@@ -358,7 +359,7 @@ def test_rows_that_are_no_documents_say_why(tmp_path: Path) -> None:
 def test_a_line_without_end_costs_a_row_and_not_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpora, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
     monkeypatch.setattr(corpora, "MAX_UNIT_BYTES", 150)
     rows = [{"text": "a"}, {"text": "b" * 1000}, {"text": "c"}]
     _, found = planned([lines(tmp_path / "a.jsonl", rows)])

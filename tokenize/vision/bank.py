@@ -84,16 +84,15 @@ def list_spans(inputs: Sequence[str | Path]) -> list[Span]:
 def _from_run(table: Path) -> list[Span]:
     import pyarrow.parquet as pq
 
-    columns = ["uri", "kind", "start_pts", "end_pts", "fps", "verdict"]
     corners = ["crop_x0", "crop_y0", "crop_x1", "crop_y1"]
-    there = [name for name in corners if name in pq.read_schema(table).names]
+    columns = ["uri", "kind", "start_pts", "end_pts", "fps", *corners]
     spans = []
-    for row in pq.read_table(table, columns=columns + there).to_pylist():
-        if row["verdict"] == "keep":
-            found = [row.get(name) for name in corners]
-            box = None if None in found else tuple(int(side) for side in found)
-            video = row["kind"] == "video"
-            spans.append(Span(row["uri"], video, row["start_pts"], row["end_pts"], row["fps"], box))
+    for row in pq.read_table(
+        table, columns=columns, filters=[("verdict", "==", "keep")]
+    ).to_pylist():
+        box = tuple(row[name] for name in corners)
+        place = (row["start_pts"], row["end_pts"], row["fps"])
+        spans.append(Span(row["uri"], row["kind"] == "video", *place, None if None in box else box))
     return spans
 
 

@@ -56,7 +56,7 @@ app.command("doctor")(doctor.doctor)
 
 def main() -> None:
     """Run the command line; problems of the user's are one line on stderr, not a traceback."""
-    from unimodal.pipeline.errors import UnimodalError
+    from unimodal.pipeline.errors import UnimodalError, shown
 
     signal.signal(signal.SIGINT, _interrupted)
     # A pipe that is closed early (`| head`) is no error of ours, and no traceback.
@@ -65,12 +65,12 @@ def main() -> None:
     except UnimodalError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"unimodal: {error}", file=sys.stderr)
+        print(f"unimodal: {shown(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if isinstance(error, BrokenPipeError) or error.filename is None or "--debug" in sys.argv:
             _closed(error)
-        print(f"unimodal: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"unimodal: {shown(error.filename)}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError, shown
 from unimodal.pipeline.progress import Progress
 
 
@@ -67,7 +67,7 @@ class Lines(Progress):
             self._line(task)
 
     def note(self, message: str) -> None:
-        print(message, file=sys.stderr)
+        print(shown(message), file=sys.stderr)
 
     def show(self, values: Mapping[str, Any]) -> None:
         if time.monotonic() - self.shown > self.EVERY:
@@ -125,7 +125,7 @@ class Drawn(Progress):
         self.bars.advance(self.tasks[task], amount)
 
     def note(self, message: str) -> None:
-        self.console.print(message, style="dim", markup=False, highlight=False)
+        self.console.print(shown(message), style="dim", markup=False, highlight=False)
 
     def show(self, values: Mapping[str, Any]) -> None:
         from rich.console import Group
@@ -167,7 +167,7 @@ def table(title: str, rows: Sequence[tuple[str, Any]], quiet: bool) -> None:
     drawn.add_column(style="dim")
     drawn.add_column()
     for name, value in rows:
-        drawn.add_row(Text(str(name)), Text(_number(value)))
+        drawn.add_row(Text(shown(name)), Text(shown(_number(value))))
     console = Console(stderr=True)
     # Not as the table's own title, which a narrow table breaks in the middle of a path.
     console.print(Text(title, style="table.title"), soft_wrap=True)

@@ -377,7 +377,14 @@ def keep_inputs(out: Path, shards: Any, resumed: bool = False) -> None:
         temporary = out / f".{name}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         # A hard link where the file system can: the bytes stay when the shards are deleted.
-        shutil.copytree(source, temporary, copy_function=_link_or_copy)
+        try:
+            shutil.copytree(source, temporary, copy_function=_link_or_copy)
+        except shutil.Error as error:  # of all files, each with its reason in words
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UnimodalError(
+                f"{source} could not be copied to {out} ({error.args[0][0][-1]}): make room there "
+                "and run the same command again"
+            ) from error
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
 

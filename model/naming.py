@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises `UnimodalError` naming the file if there is none."""
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnimodalError(f"{path} cannot be read ({error}): copy it again") from error
     if not isinstance(record, dict):
         raise UnimodalError(f"{path} holds no JSON object: copy it again")

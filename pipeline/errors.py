@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -62,3 +63,21 @@ def telling_full_disk(folder: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise full_disk(error, folder) or error from error
+
+
+MOST_SHOWN = 3500
+"""Characters of a line on a terminal: room for all known settings, not for a whole megabyte."""
+
+
+def shown(text: object) -> str:
+    """Text for a terminal, on one line: what would steer the terminal, or turn words around, is
+    spelled out (\\x1b)."""
+    line = " ".join(str(text)[: MOST_SHOWN + 1].split("\n")).strip()
+    if len(line) > MOST_SHOWN:
+        line = f"{line[:MOST_SHOWN]}…"
+    return "".join(c if _seen(c) else ascii(c)[1:-1] for c in line)
+
+
+def _seen(c: str) -> bool:
+    # Cc, Cf, Co, Cs, Cn; the joiners are letters' business in some scripts.
+    return unicodedata.category(c)[0] != "C" or c in "\u200c\u200d"

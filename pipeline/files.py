@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,5 +30,11 @@ def atomic(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except Exception as error:
+        # Writers in Rust, safetensors' among them, tell of a full disk in words alone.
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        if said is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

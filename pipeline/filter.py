@@ -61,7 +61,7 @@ def read_rows(lines: Iterable[str]) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"standard input, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict) or not {"uid", "uri", "kind"} <= row.keys():
             raise UsageError(

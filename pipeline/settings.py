@@ -31,6 +31,10 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+LARGEST_RECIPE = 1 << 16
+"""Bytes; ours have 2,000. TOML takes seconds for some files of a hundred thousand."""
+MOST_PROBLEMS = 20
+"""That are told of at once."""
 
 
 def build(cls: type[S], *layers: Mapping[str, Any], sets: Iterable[str] = ()) -> S:
@@ -46,7 +50,7 @@ def build(cls: type[S], *layers: Mapping[str, Any], sets: Iterable[str] = ()) ->
     for item in sets:
         key, equals, value = item.partition("=")
         if not equals:
-            problems.append(f"--set {item}: write it as key=value")
+            problems.append(f"--set {_short(item)}: write it as key=value")
             continue
         nested: Any = _value(value)
         for part in reversed(key.strip().split(".")):
@@ -55,7 +59,9 @@ def build(cls: type[S], *layers: Mapping[str, Any], sets: Iterable[str] = ()) ->
     try:
         built = cls.model_validate(merged)
     except ValidationError as error:
-        problems += [_explain(cls, dict(e)) for e in error.errors()]
+        found = error.errors()
+        problems += [_explain(cls, dict(e)) for e in found[:MOST_PROBLEMS]]
+        problems += [f"and {len(found) - MOST_PROBLEMS} more"] * (len(found) > MOST_PROBLEMS)
     if problems:
         raise UsageError("; ".join(problems))
     return built
@@ -88,10 +94,12 @@ def load_recipe(name: str | Path, folder: Path) -> dict[str, Any]:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise UsageError(f"no recipe {name}: {hint} (or give a file.toml)")
     try:
+        if path.stat().st_size > LARGEST_RECIPE:
+            raise UsageError(f"recipe {path} is larger than {LARGEST_RECIPE} bytes: name another")
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise UsageError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers without end
         raise UsageError(f"recipe {path} is not TOML: {error}") from error
 
 
@@ -125,8 +133,9 @@ def _value(text: str) -> Any:
     if text == "none":  # TOML has no word for it
         return None
     try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"v = {text}")
+        return found["v"] if len(found) == 1 else text  # else there are lines behind it
+    except (ValueError, RecursionError):
         return text
 
 
@@ -138,5 +147,9 @@ def _explain(cls: type[Settings], error: dict[str, Any]) -> str:
         last = key.rpartition(".")[2]
         near = near or [k for k in known if k.rpartition(".")[2] == last]
         hint = f"did you mean {near[0]}?" if near else f"known settings: {', '.join(known)}"
-        return f"unknown setting {key}: {hint}"
-    return f"setting {key} = {error.get('input')!r}: {error['msg']}"
+        return f"unknown setting {_short(key)}: {hint}"
+    return f"setting {_short(key)} = {_short(repr(error.get('input')))}: {error['msg']}"
+
+
+def _short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"

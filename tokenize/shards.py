@@ -437,7 +437,7 @@ def _manifest(path: Path) -> dict[str, Any]:
             if not _SHARD.fullmatch(shard["name"]):
                 raise ValueError(f"{shard['name']!r} is no name of a shard")
             int(shard["bytes"]) + int(shard["samples"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnimodalError(
             f"{file} is damaged ({error!r}): run the same unimodal tokenize into a new folder"
         ) from error

@@ -130,7 +130,7 @@ def _find(path: Path) -> Path | None:
         try:
             name = json.loads((path / "text.json").read_text())["tokenizer"]
             file = FILES[name]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UnimodalError(
                 f"{path / 'text.json'} names no text tokenizer of ours; known: {', '.join(FILES)}"
             ) from error

@@ -160,7 +160,7 @@ class Vocabulary:
             names = (*SPECIALS, "vision_start", "codebook_size")
             ids = {name: _whole(record[name]) for name in names}
             digest = record["text_digest"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UnimodalError(f"{path} is damaged ({error!r}): copy it again") from error
         if record.get("format") != FORMAT:
             raise UnimodalError(

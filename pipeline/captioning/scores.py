@@ -171,7 +171,7 @@ def load_words(path: Path) -> dict[str, dict[str, str]]:
         file = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
     found: dict[str, dict[str, str]] = {}
     problems = []

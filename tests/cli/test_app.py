@@ -104,3 +104,27 @@ def test_a_title_longer_than_its_table_is_one_line(capsys: pytest.CaptureFixture
     console.table("clips in " + "a_long_folder/" * 12, [("kept", 5)], quiet=False)
     lines = [line.rstrip() for line in capsys.readouterr().err.splitlines()]
     assert lines == ["clips in " + "a_long_folder/" * 12, "kept  5"]
+
+
+def test_what_would_steer_a_terminal_is_spelled_out_and_long_values_are_cut() -> None:
+    done = run("curate", ".", "--set", "\x1b]0;evil\x07=1", "--set", "flow.fps=" + "[" * 50_000)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "\x1b" not in done.stderr and "\\x1b]0;evil\\x07" in done.stderr
+    assert len(done.stderr) < 5000 and "flow.fps" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed = " + "[" * 100_000,
+        "seed = " + "9" * 100_000,
+        "".join(f"a{i}=1\n" for i in range(999)),
+    ],
+    ids=["deep", "long", "many"],
+)
+def test_a_recipe_that_is_a_bomb_is_one_line(tmp_path: Path, text: str) -> None:
+    recipe = tmp_path / "bomb.toml"
+    recipe.write_text(text)
+    done = run("train", "shards", "--recipe", recipe)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert len(done.stderr) < 50_000

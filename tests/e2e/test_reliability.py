@@ -14,7 +14,7 @@ HARNESS = Path(__file__).parents[2] / "benchmarks" / "reliability.py"
 
 @pytest.mark.slow
 def test_two_kills_of_a_command_and_sixty_broken_files_lose_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, str(HARNESS), "--kills", "2", "--broken", "60"]
+    command = [sys.executable, "-m", "benchmarks.reliability", "--kills", "2", "--broken", "60"]
     command += ["--commands", "curate,tokenize", "-o", str(tmp_path / "made.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

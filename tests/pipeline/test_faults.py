@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.files import atomic
 from unimodal.pipeline.presets import CurateSettings
 from unimodal.pipeline.run import curate, update
 from unimodal.pipeline.settings import build
@@ -244,3 +246,11 @@ def test_a_node_that_dies_with_parts_in_its_hands_loses_nothing(
     assert killed and killed[0] < run.info["totals"]["parts"]
     assert run.quarantined == 0
     assert tree(tmp_path / "run") == tree(tmp_path / "whole")
+
+
+def test_a_full_disk_that_a_writer_tells_of_in_words_alone_has_its_number(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as raised, atomic(tmp_path / "weights") as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename.endswith("weights")
+    assert not list(tmp_path.iterdir())

@@ -101,7 +101,7 @@ def find(out: Path, settings: TokenizerSettings, data: str) -> dict[str, Any] | 
     try:
         with safe_open(path, framework="pt") as file:
             record: dict[str, Any] = json.loads(file.metadata()["train"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise UnimodalError(
             f"{path} cannot be read ({error}); delete it to start anew, with --init {out} from "
             "the weights beside it"

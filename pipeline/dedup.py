@@ -16,14 +16,17 @@ of comparing all with all (embeddings: see `_Cosine`), and independent of the or
 What makes it fast is that only those who stand for themselves are ever compared with: a million
 copies of one picture are a million comparisons. Candidates share bands of bits, by the pigeonhole
 principle; the key of a video is taken from two of its samples, so that a logo which opens fifty
-thousand clips fills no bucket. It is sorting and counting of arrays in place, with numpy: a join
-in a database would write the candidate pairs out first, and has no notion of a star.
+thousand clips fills no bucket. The more clips there are, the longer the keys, of which there must
+be more then: buckets stay small (docs/scale.md). It is sorting and counting of arrays in place,
+with numpy: a join in a database would write the candidate pairs out first, and has no notion of a
+star.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain, combinations, product
+from math import comb, prod
 from typing import Annotated
 
 import numpy as np
@@ -58,6 +61,10 @@ CHUNK = 1 << 17
 
 EXACT = 10_000
 """Embeddings up to which all are compared with all."""
+
+ONE = ((2, 0), (3, 0), (4, 0))
+TWO = ((1, 1), (1, 2), (2, 2))
+"""Ways to find candidates, the second for pairs of hashes: so many bands of either are equal."""
 
 PROBES = 8
 """Cells of embedding space, nearest first, that a clip is compared with."""
@@ -183,16 +190,12 @@ class _Hash:
             if light is not None and name in clips.column_names:
                 values = clips.column(name).cast(pa.float64()).to_numpy()[ranking]
                 self._light.append((values, factor * light))
-        # Of distance + 1 bands one must be equal, of distance + 2 bands two.
-        one, two = _bands(distance + 1), _bands(distance + 2)
-        self._keys_of_two = list(product(one, one))
-        self._keys_of_one = [(a | b, np.uint64(0)) for a, b in combinations(two, 2)]
 
     def near(
         self, worse: np.ndarray, better: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for rows, keys in ((self._ones, self._keys_of_one), (self._twos, self._keys_of_two)):
-            for w, b in _candidates(rows(worse), rows(better), keys, self._distance):
+        for rows, ways in ((self._ones, ONE), (self._twos, TWO)):
+            for w, b in _candidates(rows(worse), rows(better), ways, self._distance):
                 fits = b < w
                 for values, tolerance in self._light:  # what is not measured (NaN) fits
                     fits &= ~(np.abs(values[w] - values[b]) > tolerance)
@@ -244,28 +247,45 @@ def _scoring_hashes(clips: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(count, 3), found[:, :3]
 
 
-def _bands(count: int) -> list[np.uint64]:
-    """Masks that share the 64 bits out; every band has bits of all frequencies."""
-    return [np.uint64(sum(1 << bit for bit in range(i, 64, count))) for i in range(count)]
+def _masks(distance: int, equal: int) -> list[np.uint64]:
+    """Masks of which hashes within `distance` are equal under one: of distance + equal bands that
+    share the 64 bits out, so many are. Every band has bits of all frequencies."""
+    count = distance + equal
+    bands = [sum(1 << bit for bit in range(i, 64, count)) for i in range(count)]
+    return [np.uint64(sum(some)) for some in combinations(bands, equal)]
+
+
+def _cheapest(
+    ways: tuple[tuple[int, int], ...], distance: int, worse: int, better: int
+) -> tuple[int, int]:
+    """The way with the least work: sorting rows by each key, and comparing candidates, a quarter
+    of that each, of which there are so many if hashes are evenly spread."""
+
+    def work(equal: tuple[int, int]) -> float:
+        keys = prod(comb(distance + some, some) for some in equal)
+        bits = sum(64 * some / (distance + some) for some in equal if some)
+        return keys * (worse + better + worse * better / 2**bits / 4)
+
+    return min(ways, key=work)
 
 
 def _candidates(
     worse: tuple[np.ndarray, np.ndarray, np.ndarray],
     better: tuple[np.ndarray, np.ndarray, np.ndarray],
-    keys: list[tuple[np.uint64, np.uint64]],
+    ways: tuple[tuple[int, int], ...],
     distance: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of clips of which two rows (clip, hash, hash) agree within `distance` in both hashes.
 
-    `keys` are pairs of masks; near rows are equal under one of them at least. A pair may come
-    several times.
+    A pair may come several times.
     """
     clip_w, x_w, y_w = worse
     clip_b, x_b, y_b = better
     if not len(clip_w) or not len(clip_b):
         return
-    width = max(8, min(24, len(clip_b).bit_length()))
-    for mask_x, mask_y in keys:
+    width = max(8, min(28, len(clip_b).bit_length()))
+    masks = (_masks(distance, equal) for equal in _cheapest(ways, distance, len(x_w), len(x_b)))
+    for mask_x, mask_y in product(*masks):
         key = _key(x_b & mask_x, y_b & mask_y, width)
         order = np.sort((key << np.uint64(32)) | np.arange(len(key), dtype=np.uint64))
         order = (order & np.uint64(0xFFFFFFFF)).astype(np.int64)  # rows by key
@@ -275,8 +295,9 @@ def _candidates(
         end = ends[key]
         start = np.where(key > 0, ends[key - 1], 0)
         for w, b in _expand(start, end):
-            near = np.bitwise_count(x_w[w] ^ x_s[b]) <= distance
-            near &= np.bitwise_count(y_w[w] ^ y_s[b]) <= distance
+            near = np.flatnonzero(np.bitwise_count(x_w[w] ^ x_s[b]) <= distance)
+            w, b = w[near], b[near]
+            near = np.bitwise_count(y_w[w] ^ y_s[b]) <= distance
             if near.any():
                 yield clip_w[w[near]], clip_s[b[near]]
 

@@ -156,16 +156,19 @@ def _libraries(draw: st.DrawFn) -> list[dict[str, Any]]:
     distance=st.sampled_from([None, 0, 3, 6, 9]),
     light=st.sampled_from([None, 0.0, 12.0]),
     block=st.sampled_from([2, 8, 4096]),
+    way=st.sampled_from([0, 0, 1, 2]),
 )
 @settings(max_examples=60, deadline=None)
 def test_groups_are_those_of_comparing_all_with_all(
-    rows: list[dict[str, Any]], distance: int | None, light: float | None, block: int
+    rows: list[dict[str, Any]], distance: int | None, light: float | None, block: int, way: int
 ) -> None:
     chosen = DedupSettings(distance=distance, light=light, cosine=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dedup, "BLOCK", block)  # so that the recursion has something to do
         patch.setattr(dedup, "DENSE", 2)
         patch.setattr(dedup, "CHUNK", 3)
+        patch.setattr(dedup, "ONE", dedup.ONE[way : way + 1])  # that a million clips would take
+        patch.setattr(dedup, "TWO", dedup.TWO[way : way + 1])
         found = _groups(rows, chosen)
         shuffled = random.Random(1).sample(rows, len(rows))
         assert found == _groups(shuffled, chosen)
@@ -201,6 +204,19 @@ def test_groups_by_embedding_are_those_of_comparing_all_with_all(
         patch.setattr(dedup, "BLOCK", block)
         found = _groups(rows, DedupSettings(cosine=0.9), embeddings)
     assert found == _all_with_all(rows, near)
+
+
+def test_hashes_within_the_distance_are_equal_under_a_mask_and_masks_grow_with_the_clips() -> None:
+    rng = random.Random(0)
+    for distance in (0, 3, 6, 12):
+        for equal in (1, 2, 3):
+            masks = dedup._masks(distance, equal)
+            for _ in range(200):
+                changed = sum(1 << bit for bit in rng.sample(range(64), distance))
+                assert any(not changed & int(mask) for mask in masks)
+        ways = [dedup._cheapest(dedup.TWO, distance, 10**n, 10**n) for n in range(3, 12)]
+        assert ways == sorted(ways, key=dedup.TWO.index)
+        assert ways[0] == (1, 1) and (distance < 6 or ways[-1] == (2, 2))
 
 
 def test_either_measure_makes_near() -> None:

@@ -301,7 +301,9 @@ def complaint(ended: Ended) -> str | None:
     if any(ord(c) < 32 or ord(c) == 127 or 128 <= ord(c) < 160 for line in lines for c in line):
         return f"control characters: {lines!r}"
     ours = [line for line in lines if line.startswith("unimodal: ")]
-    if ended.code and (ours != lines[-1:] or len(lines[-1]) > 4000):  # paths of results before it
+    if ended.code and (
+        not ours or ours != lines[-1:] or len(ours[0]) > 4000
+    ):  # paths of results before it
         return f"{len(lines)} lines, {len(ended.stderr)} characters: {ended.stderr[:600]!r}"
     return None
 

@@ -132,6 +132,7 @@ def documents(work: Work, unit: RowUnit) -> tuple[list[Sample], list[dict[str, s
             lost.append({"uri": row.where, "reason": reason(got)})
         else:
             done.append((got, [work.image(pixels) for pixels in got.pictures]))
+            got.pictures.clear()  # what waits for its batch is held there
     work.close(*work.open)
     return [_document(work, read, [get()[0] for get in codes]) for read, codes in done], lost
 

@@ -134,7 +134,7 @@ def scaled(video: Video, frame: Frame, want: Want) -> np.ndarray:
         size = scaled_size(video.probe.width, video.probe.height, want)
         return video.upright(frame, size, want.format)
     size = scaled_size(*video.coded, want)
-    return video.scaler(frame.image, *size, want.format, fast=True)
+    return video.scaled(frame, size, want.format, fast=True)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class Video:
     stream: Any = None
     damaged: int = 0
     packets: int = 0
-    scaler: Scaler = field(default_factory=lambda: Scaler())
+    scalers: dict[tuple[int, int, str, int], Any] = field(default_factory=dict)
     source: Iterator[Frame] | None = None  # where frames() goes on
     tick: fetch.Tick | None = None  # told of each packet, of which some yield nothing
 
@@ -102,10 +102,29 @@ class Video:
             last = frame.pts
             yield frame
 
+    def scaled(
+        self, frame: Frame, size: tuple[int, int], format: str, fast: bool = False
+    ) -> np.ndarray:
+        """The frame as coded, scaled: uint8 [H, W] for "gray", [H, W, 3] for "rgb24", "bgr24".
+
+        `fast` reads two source lines per output line and does not low-pass, which is what
+        cv2.resize(INTER_LINEAR) does and thus what PySceneDetect sees.
+        """
+        from av.video.reformatter import Interpolation, VideoReformatter
+
+        how = Interpolation.FAST_BILINEAR if fast else Interpolation.BILINEAR
+        width, height = size
+        key = (width, height, format, int(how))
+        if key not in self.scalers:  # swscale wants a context per size, for speed
+            self.scalers[key] = VideoReformatter()
+        scaled = self.scalers[key].reformat(
+            frame.image, width=width, height=height, format=format, interpolation=how, threads=1
+        )
+        return scaled.to_ndarray()
+
     def upright(self, frame: Frame, size: tuple[int, int], format: str) -> np.ndarray:
         """The frame as shown, scaled to `size` (width, height): uint8 [H, W] or [H, W, 3]."""
-        width, height = size if self.turns % 2 == 0 else size[::-1]
-        array = self.scaler(frame.image, width, height, format)
+        array = self.scaled(frame, size if self.turns % 2 == 0 else size[::-1], format)
         return np.ascontiguousarray(np.rot90(array, self.turns)) if self.turns else array
 
     def check_complete(self, first_pts: int, end_pts: int) -> None:
@@ -172,32 +191,6 @@ class Video:
                 ticks = round(declared) if declared > 10 else 100
                 yield Frame(pts, ticks, av.VideoFrame.from_ndarray(rgb, format="rgb24"))
                 pts += ticks
-
-
-class Scaler:
-    """swscale with one context per size, as the library wants for speed."""
-
-    def __init__(self) -> None:
-        self._contexts: dict[tuple[int, int, str, int], Any] = {}
-
-    def __call__(
-        self, image: av.VideoFrame, width: int, height: int, format: str, fast: bool = False
-    ) -> np.ndarray:
-        """Scale a decoded frame: uint8 [H, W] for "gray", [H, W, 3] for "rgb24" and "bgr24".
-
-        `fast` reads two source lines per output line and does not low-pass, which is what
-        cv2.resize(INTER_LINEAR) does and thus what PySceneDetect sees.
-        """
-        from av.video.reformatter import Interpolation, VideoReformatter
-
-        how = Interpolation.FAST_BILINEAR if fast else Interpolation.BILINEAR
-        key = (width, height, format, int(how))
-        if key not in self._contexts:
-            self._contexts[key] = VideoReformatter()
-        scaled = self._contexts[key].reformat(
-            image, width=width, height=height, format=format, interpolation=how, threads=1
-        )
-        return scaled.to_ndarray()
 
 
 def probe(uri: Path | str, limits: Limits = DEFAULT_LIMITS) -> Probe:

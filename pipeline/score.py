@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,10 @@ from unimodal.pipeline.clips import first_text, read_parquet, table
 from unimodal.pipeline.errors import MediaError, UnimodalError, reason, telling_full_disk
 from unimodal.pipeline.frames import Clip, read_clips
 from unimodal.pipeline.stage import PartFiles
-from unimodal.pipeline.tell import SILENT, Tell
+from unimodal.pipeline.tell import Tell
+
+if TYPE_CHECKING:
+    from unimodal.pipeline.worker import Job, Step
 
 SCORERS = ("text", "quality", "embed", "nsfw")
 """Modules of `pipeline/scorers` that read pictures, in the order in which they run."""
@@ -46,31 +49,23 @@ def loaded(stage: str, settings: Any) -> Any:
     return _LOADED[key]
 
 
-def score_part(
-    part: str,
-    stage: str,
-    settings: Any,
-    watched: Path,
-    folder: Path,
-    poison: Mapping[str, str] | None = None,
-    tell: Tell = SILENT,
-    one_by_one: bool = False,
-) -> None:
-    """Score the clips of a part and commit the columns to `folder`.
+def score_part(job: Job, step: Step, poison: Mapping[str, str], tell: Tell) -> None:
+    """Score the clips of a part that the watch stage kept in `step.reads`; commit the columns.
 
-    `watched` is the watch stage's folder. Clips in `poison` (uid: reason) have killed a worker
-    before and are not looked at; `one_by_one` makes it known which clip does so. Raises
-    `UnimodalError` if the model cannot be loaded or the disk is full.
+    Clips in `poison` (uid: reason) have killed a worker before and are not looked at; with
+    `job.one_by_one` it is known which clip does so. Raises `UnimodalError` if the model cannot be
+    loaded or the disk is full.
     """
-    poison = poison or {}
+    part, stage, folder = job.part, step.stage, Path(step.folder)
     scorer = module(stage)
+    settings = getattr(scorer, f"{stage.capitalize()}Settings").model_validate(step.settings)
     score = loaded(stage, settings)
     tell.seconds(0.0)  # a model took its time to load: that was no stuck clip
     rows: list[dict[str, Any]] = []
     quarantined: list[dict[str, str]] = []
     with telling_full_disk(folder):
-        waiting = read_clips(watched, part)
-        while clips := list(islice(waiting, 1 if one_by_one else scorer.BATCH)):
+        waiting = read_clips(Path(step.reads), part)
+        while clips := list(islice(waiting, 1 if job.one_by_one else scorer.BATCH)):
             tell.begin(stage, clips[0].row["uid"])
             for clip, found, why in _scored(clips, score, poison):
                 rows.append({"uid": clip.row["uid"], **found})
@@ -82,22 +77,16 @@ def score_part(
         PartFiles(folder, part).commit(table(rows, schema), quarantined)
 
 
-def match_part(
-    part: str,
-    settings: Any,
-    embedded: Path,
-    captions: Path,
-    folder: Path,
-    tell: Tell = SILENT,
-) -> None:
-    """Compare the first caption of each clip with its embedding; commit to `folder`.
+def match_part(job: Job, step: Step, tell: Tell) -> None:
+    """Compare the first caption of each clip with its embedding, and commit the cosines.
 
-    `embedded` is the embed stage's folder, `captions` the caption stage's file. The column `of`
-    says which text it was.
+    The column `of` says which text it was.
     """
+    part = job.part
+    settings = module("embed").EmbedSettings.model_validate(step.settings)
     tell.begin("match", part)
-    rows = read_parquet(PartFiles(embedded, part).rows, columns=["uid", "embedding"])
-    texts = read_parquet(captions)
+    rows = read_parquet(PartFiles(Path(step.reads), part).rows, columns=["uid", "embedding"])
+    texts = read_parquet(Path(step.captions))
     texts = texts.filter(pc.is_in(texts.column("uid"), rows.column("uid").combine_chunks()))
     first = first_texts(texts)
     vectors = {row["uid"]: row["embedding"] for row in rows.to_pylist() if row["uid"] in first}
@@ -115,7 +104,7 @@ def match_part(
         {"uid": uid, "text_match": cosines.get(uid), "of": text_digest(first[uid])}
         for uid in vectors
     )
-    PartFiles(folder, part).commit(table(compared, schema), [])
+    PartFiles(Path(step.folder), part).commit(table(compared, schema), [])
     tell.done("match", part, "")
 
 

@@ -76,7 +76,6 @@ def _do_step(job: Job, step: Step, tell: Tell) -> None:
     from unimodal.pipeline import score
     from unimodal.pipeline.watch import WatchSettings, watch_part
 
-    folder, reads = Path(step.folder), Path(step.reads)
     own = f"{step.stage}:"
     poison = {k.removeprefix(own): why for k, why in job.poison.items() if k.startswith(own)}
     if step.entry:  # work of a room above this one, which is named and not imported
@@ -85,16 +84,11 @@ def _do_step(job: Job, step: Step, tell: Tell) -> None:
     elif step.stage == "watch":
         sources = [Source(**source) for source in job.sources]
         settings = WatchSettings.model_validate(step.settings)
-        watch_part(job.part, sources, settings, folder, poison, tell, job.threads)
+        watch_part(job.part, sources, settings, Path(step.folder), poison, tell, job.threads)
     elif step.stage == "match":
-        settings = score.module("embed").EmbedSettings.model_validate(step.settings)
-        score.match_part(job.part, settings, reads, Path(step.captions), folder, tell)
+        score.match_part(job, step, tell)
     elif step.stage in score.SCORERS:
-        kind = getattr(score.module(step.stage), f"{step.stage.capitalize()}Settings")
-        settings = kind.model_validate(step.settings)
-        score.score_part(
-            job.part, step.stage, settings, reads, folder, poison, tell, job.one_by_one
-        )
+        score.score_part(job, step, poison, tell)
     else:
         raise UnimodalError(f"no stage is called {step.stage}")
 

@@ -418,7 +418,7 @@ def checkpoints(ground: Ground) -> Iterator[Trial]:
         ],
         "export model": lambda at: ["export", "model", str(at), "-o", f"{at.parent}/out", "-q"],
         "eval generation": lambda at: [
-            *("eval", "generation", str(at), "--prompts", f"{ground.folder}/prompts.txt"),
+            *("eval", "generation", str(at), f"{ground.folder}/prompts.txt"),
             *("-o", f"{at.parent}/out", *CPU),
         ],
     }

@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from unimodal.model.how import How
 from unimodal.model.prefer import COLORS, PreferSettings, Scorer, brightness, color, prefer
 from unimodal.model.recipe import settings_from
-from unimodal.model.sample import How, Sampler
+from unimodal.model.sample import Sampler
 from unimodal.model.train import train
 from unimodal.tokenize.shards import Sample, ShardWriter
 from unimodal.tokenize.vision.pixels import to_pixels

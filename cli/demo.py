@@ -193,7 +193,7 @@ def _sample(story: Story, shards: list[Path], progress: Progress) -> None:
     story.figures["pictures described exactly"] = (
         f"{sum(names[i] == t for i, t in zip(shown, texts, strict=True))} of {len(shown)}"
     )
-    if any(grid["kind"] == "video" for grid in sampler.grids):
+    if sampler.canvas.commonest("video"):
         prompt = next(iter(VIDEOS.values()))
         story.clip = sampler.videos([prompt], frames=8, progress=progress)[0][0]
     story.pairs = _reconstructions(story, sampler, pictures, names, train)

@@ -237,12 +237,12 @@ class Studio:
             }
         else:
             told |= self._drawn(asked)
-        fps = clips[0].fps if clips else sampler.fps(asked.fps) if asked.moving else None
+        fps = clips[0].fps if clips else sampler.canvas.fps(asked.fps) if asked.moving else None
         told["fps"] = fps
         return Ready({k: v for k, v in told.items() if v is not None}, given, pieces, fps)
 
     def _check_moving(self, asked: Request) -> None:
-        if not self.sampler.grids or any(one["kind"] == "video" for one in self.sampler.grids):
+        if not self.sampler.canvas.grids or self.sampler.canvas.commonest("video"):
             return
         if asked.direction == "video" and asked.size and asked.frames:  # whoever insists
             self.warn("this checkpoint was never trained on video: what comes will mean little")
@@ -273,7 +273,7 @@ class Studio:
             told["suffix"] = own.suffix or None
         size = self._size(asked)
         if direction in ("image", "video"):
-            grid = self.sampler.grid(None if size == "free" else size, _kind(asked))  # type: ignore[arg-type]
+            grid = self.sampler.canvas.grid(None if size == "free" else size, _kind(asked))  # type: ignore[arg-type]
             told["size"] = size if size == "free" else [side * SPATIAL for side in grid[1:]]
             if asked.moving:
                 told["frames"] = asked.frames or grid[0] * TEMPORAL
@@ -290,7 +290,7 @@ class Studio:
 
     def _size(self, asked: Request) -> tuple[int, int] | str | None:
         def trained() -> tuple[int, int]:
-            _, height, width = self.sampler.grid(None, _kind(asked))
+            _, height, width = self.sampler.canvas.grid(None, _kind(asked))
             return height * SPATIAL, width * SPATIAL
 
         return asked.pixels(trained)
@@ -299,14 +299,14 @@ class Studio:
         sampler, rate = self.sampler, item.request.fps
 
         def area() -> int:
-            _, height, width = sampler.grid(None, "video")
+            _, height, width = sampler.canvas.grid(None, "video")
             return height * width * SPATIAL**2
 
         whole = item.request.direction == "continue"
         where = resolve(path, item.base if base is None else base)
         digest: str = getattr(sampler.tokenizer, "digest", "")
-        most = None if whole else sampler.seen
-        return read(where, digest, area, lambda: sampler.fps(rate), whole, most, self.warn)
+        most = None if whole else sampler.canvas.seen
+        return read(where, digest, area, lambda: sampler.canvas.fps(rate), whole, most, self.warn)
 
 
 def call(sampler: Sampler, outputs: Sequence[Output]) -> list[Any]:
@@ -374,7 +374,7 @@ def _documents(
         shown: list[Any] = []
         for piece in document:
             if not isinstance(piece, str) and piece.dtype != np.uint8:
-                piece = sampler.pixels([piece[None]], True)[0][0]
+                piece = sampler.canvas.pixels([piece[None]], True)[0][0]
             shown.append(piece)
         made.append([*shown, *reply])
     return made
@@ -387,7 +387,7 @@ def _warmth(asked: float | None, own: float | None) -> float | None:
 
 def frames_of(sampler: Sampler, asked: Request) -> int:
     """Frames that a clip is continued by: as asked, or as many as training saw."""
-    return asked.frames or sampler.grid(None, "video")[0] * TEMPORAL
+    return asked.frames or sampler.canvas.grid(None, "video")[0] * TEMPORAL
 
 
 def _told_size(asked: Mapping[str, Any]) -> Any:

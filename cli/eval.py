@@ -243,7 +243,7 @@ def understanding(
             codes = one.media[0]
             if codes.dtype != "uint8":
                 codes = codes[None] if (image := codes.ndim == 2) else codes
-                codes = sampler.pixels([codes], image)[0]
+                codes = sampler.canvas.pixels([codes], image)[0]
             picture = codes if codes.ndim == 3 else codes[len(codes) // 2]
             about = [f"people: {' / '.join(one.references)}", *one.asked[-1:]]
             shown.append(figure(text or "(nothing)", "; ".join(about), picture))

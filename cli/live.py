@@ -162,7 +162,7 @@ class Painter:
         painted: list[np.ndarray] = [np.empty(0)] * len(partials)
         for still in (True, False):
             mine = [i for i, one in enumerate(partials) if (one.frame is None) == still]
-            made = self.sampler.pixels([filled[i] for i in mine], still) if mine else []
+            made = self.sampler.canvas.pixels([filled[i] for i in mine], still) if mine else []
             for i, frames in zip(mine, made, strict=True):
                 painted[i] = _dimmed(frames[-1], partials[i])
         return painted

@@ -196,7 +196,7 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Pictures uint8 [H, W, 3] of any sizes, each in the middle of its cell."""
     import numpy as np
 
-    from unimodal.model.sample import contact_sheet as side_by_side
+    from unimodal.model.canvas import contact_sheet as side_by_side
 
     height, width = (max(one.shape[side] for one in pictures) for side in (0, 1))
     cells = []

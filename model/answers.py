@@ -17,6 +17,7 @@ import numpy as np
 
 from unimodal.model import media
 from unimodal.model.asked import ChatAsked, Refused
+from unimodal.model.canvas import SPATIAL, TEMPORAL
 from unimodal.model.guard import error_body
 from unimodal.model.queue import (
     Closed,
@@ -30,7 +31,7 @@ from unimodal.model.queue import (
     Waiting,
     Words,
 )
-from unimodal.model.tasks import POLL, SPATIAL, TEMPORAL, Task, away
+from unimodal.model.tasks import POLL, Task, away
 from unimodal.pipeline.errors import UnimodalError
 
 if TYPE_CHECKING:

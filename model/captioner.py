@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from unimodal.model.canvas import TEMPORAL
 from unimodal.model.checkpoint import find
-from unimodal.model.sample import TEMPORAL, Sampler
+from unimodal.model.sample import Sampler
 from unimodal.model.vllm import VllmBackend
 from unimodal.pipeline.captioning.captioner import Answer, Ask, Batched, Failure
 from unimodal.pipeline.captioning.settings import CaptionSettings
@@ -50,7 +51,7 @@ class CheckpointDescriber:
         held = self.sampler.decoder.config.context
         for key, frames in clips.items():
             try:
-                ids = self.sampler.described(media(frames, self.sampler.seen))
+                ids = self.sampler.described(media(frames, self.sampler.canvas.seen))
             except (UsageError, MediaError, ValueError) as error:
                 found[key] = Failure("request refused", str(error))
                 continue

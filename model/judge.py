@@ -219,7 +219,7 @@ def shown_in(thing: str, sampler: Sampler, limit: int | None = None) -> list[Sho
                     break
                 if said := texts.get(uid := clip.row["uid"]):
                     frames = [one.bgr()[..., ::-1] for one in clip.samples if one.keyframe]
-                    found.append(Shown(uid, [media(frames, sampler.seen)], tuple(said)))
+                    found.append(Shown(uid, [media(frames, sampler.canvas.seen)], tuple(said)))
     else:
         shards = Shards.open(folder)
         theirs, ours = (shards.manifest["vision_tokenizer"]["digest"], sampler.tokenizer.digest)  # type: ignore[attr-defined]

@@ -185,7 +185,7 @@ def prefer(
     voting = not scorers and not votes
     given = settings.model_dump(include=set(SamplingSettings.model_fields), exclude_none=True)
     weights = weight_files(find(checkpoint)[1])
-    grammar = sampler.grammar(*sampler.grid(settings.size, "image")[1:])
+    grammar = sampler.canvas.grammar(*sampler.canvas.grid(settings.size, "image")[1:])
     about = {
         "checkpoint": fingerprint(*map(str, weights)),
         "vocabulary": sampler.vocabulary.digest(),
@@ -320,7 +320,7 @@ def _candidates(
     if missing or voting:
         codes = [np.reshape(one, (1, *grammar.shape)) for one in table.column("codes").to_pylist()]
         # A prompt at a time: what else is in a batch can turn the last bit of a pixel.
-        batches = [sampler.pixels(codes[i : i + n], True) for i in range(0, len(codes), n)]
+        batches = [sampler.canvas.pixels(codes[i : i + n], True) for i in range(0, len(codes), n)]
         pictures = [clip[0] for batch in batches for clip in batch]
         texts = [prompt for prompt in prompts for _ in range(n)]
         for name in missing:

@@ -390,7 +390,7 @@ class _View(Progress):
         if not found:
             return
         began = time.monotonic()
-        painted = sampler.pixels([codes[None] for _, _, (codes, _, _) in found], True)
+        painted = sampler.canvas.pixels([codes[None] for _, _, (codes, _, _) in found], True)
         for (job, copy, (codes, height, share)), (pixels,) in zip(found, painted, strict=True):
             canvas = np.zeros(
                 (pixels.shape[0] // len(codes) * height, pixels.shape[1], 4), np.uint8

@@ -7,22 +7,37 @@ pixels or text.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from unimodal.model.canvas import (
+    TEMPORAL,
+    Canvas,
+    Size,
+    VisionTokenizerLike,
+    latent_frames,
+)
 from unimodal.model.checkpoint import find, load_decoder, read_json, weights_config
 from unimodal.model.choice import Choice
 from unimodal.model.decoder import Decoder
 from unimodal.model.generate import Backend, Draft, Drawing, TorchBackend, Watch
-from unimodal.model.grammar import BlockGrammar, DocumentGrammar, size_tree, text_grammar
+from unimodal.model.grammar import BlockGrammar, DocumentGrammar, Grammar, size_tree, text_grammar
+from unimodal.model.how import (
+    How,
+    Words,
+    check_guidance,
+    codes_choice,
+    each,
+    first,
+    scales_of,
+    words_choice,
+)
 from unimodal.model.naming import weight_files
 from unimodal.model.quantize import WEIGHTS, convert
 from unimodal.model.recipe import RECIPES, SamplingSettings
@@ -34,9 +49,6 @@ from unimodal.tokenize.document import (
     Image,
     Piece,
     Text,
-    Video,
-    block_length,
-    check_codes,
     compose,
     parse,
     serialize,
@@ -46,57 +58,7 @@ from unimodal.tokenize.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from unimodal.model.emu3 import Manner
 
-SPATIAL = 8
-"""Pixels per code along a side."""
-TEMPORAL = 4
-"""Pictures per latent frame."""
-
-Size = tuple[int, int] | str | None
-"""(height, width) in pixels, multiples of 8; `free`: as the model writes it; None: as training saw
-most."""
 T = TypeVar("T")
-
-
-class How(TypedDict, total=False):
-    """How pictures and clips are drawn. What is left out, or None, the checkpoint's own recipe
-    says, as it is best drawn from."""
-
-    guidance: float | list[float] | None
-    """Scale of classifier-free guidance, 1 is none: for all, or one for each prompt."""
-    negative: str | list[str] | None
-    """The prompt that guidance leads away from: for all, or one for each prompt."""
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    plausible: float | None
-    """These four as `Choice`."""
-    seed: int | list[int]
-    """For all, or one for each prompt, which then comes as it does alone with that seed."""
-    progress: Progress | None
-    watch: Watch | None
-    """Sees the sequences grow."""
-
-
-class Words(TypedDict, total=False):
-    """How words are chosen. What is left out, or None, the checkpoint's own recipe says, the
-    likeliest always if that says nothing."""
-
-    temperature: float | None
-    """0: the likeliest always."""
-    top_k: int | None
-    top_p: float | None
-    seed: int | list[int]
-    progress: Progress | None
-    watch: Watch | None
-
-
-class VisionTokenizerLike(Protocol):
-    """What is used of `unimodal.tokenize.vision.tokenizer.VisionTokenizer`."""
-
-    @property
-    def codebook_size(self) -> int: ...
-    def encode(self, pixels: Tensor, joint: bool = False) -> Tensor: ...
-    def decode(self, codes: Tensor, image: bool = False, joint: bool = False) -> Tensor: ...
 
 
 class Sampler:
@@ -149,13 +111,12 @@ class Sampler:
         self.decoder = decoder
         self.vocabulary = vocabulary
         self.tokenizer = tokenizer
-        self.grids = list(grids)
         self.defaults = defaults
         self.batch = batch
-        self.joint = joint
         self.backend: Backend = backend or TorchBackend(decoder, batch)
         self.source = source
-        self.manner = manner
+        context = decoder.config.context
+        self.canvas = Canvas(vocabulary, tokenizer, context, list(grids), joint, manner, batch)
         self.kind = kind
 
     @classmethod
@@ -293,14 +254,8 @@ class Sampler:
         **how: Unpack[How],
     ) -> list[list[np.ndarray]]:
         """`n` pictures for each prompt: uint8 [H, W, 3], of one size for all or one for each."""
-        grammars = [self._picture_grammar(one) for one in each(size, len(prompts), "size")]
-        choice = self._choice(how)
-        drafts = self._drafts(prompts, grammars, n, how)
-        total = n * sum(map(_steps, grammars))
-        written = self._generate(drafts, choice, None, how, total)
-        codes = [self._drawn(draft, ids) for draft, ids in zip(drafts, written, strict=True)]
-        pictures = [pixels[0] for pixels in self.pixels([one[None] for one in codes], True)]
-        return _grouped(pictures, n)
+        grammars = [self.canvas.picture_grammar(one) for one in each(size, len(prompts), "size")]
+        return self._pictures(self._drafts(prompts, grammars, n, how), n, how)
 
     def videos(
         self,
@@ -316,18 +271,14 @@ class Sampler:
         `frames` is a multiple of 4, `fps` what the clip is to be shown at; both default, like
         `size`, to what training saw most.
         """
-        fps = self.fps(fps)
+        fps = self.canvas.fps(fps)
         grammars = []
         for one in each(size, len(prompts), "size"):
-            latent, height, width = self.grid(one, "video")
-            latent = latent if frames is None else _latent(frames)
-            grammars.append(self.grammar(height, width, latent, fps))
-        choice = self._choice(how)
-        drafts = self._drafts(prompts, grammars, n, how)
-        total = n * sum(map(_steps, grammars))
-        written = self._generate(drafts, choice, None, how, total)
-        codes = [self._drawn(draft, ids) for draft, ids in zip(drafts, written, strict=True)]
-        return _grouped(self.pixels(codes, False), n)
+            latent, height, width = self.canvas.grid(one, "video")
+            latent = latent if frames is None else latent_frames(frames)
+            grammars.append(self.canvas.grammar(height, width, latent, fps))
+        codes = self._draw(self._drafts(prompts, grammars, n, how), how)
+        return _grouped(self.canvas.pixels(codes, False), n)
 
     def extend(
         self,
@@ -347,26 +298,25 @@ class Sampler:
         and again until `frames` more are drawn: so there is no end that the context sets. `prompts`
         say what the clips show.
         """
-        window, _, _ = self.grid(None, "video")
-        latent, keep = _latent(frames), max(1, window // 2)
+        window, _, _ = self.canvas.grid(None, "video")
+        latent, keep = latent_frames(frames), max(1, window // 2)
         if overlap is not None:
-            keep = _latent(overlap, "overlap")
+            keep = latent_frames(overlap, "overlap")
         if keep >= window:
             raise UsageError(
                 f"an overlap of {keep * TEMPORAL} frames leaves nothing to draw of clips of "
                 f"{window * TEMPORAL}, which training saw most: give less"
             )
-        fps = self.fps(fps)
-        given = [self._codes(clip, "video") for clip in clips]
+        fps = self.canvas.fps(fps)
+        given = [self.canvas.codes(clip, "video") for clip in clips]
         texts = [""] * len(clips) if prompts is None else list(prompts)
         if len(texts) != len(clips):
             raise UsageError(f"{len(clips)} clips have {len(texts)} prompts: one for each")
-        choice = self._choice(how)
         known = [codes for codes in given for _ in range(n)]
         ends = [len(codes) + latent for codes in known]
         goal, rounds = sum(latent * codes[0].size for codes in known), 0
         progress, watch = how.get("progress") or Progress(), how.get("watch")
-        scales = self._guidance(how, len(clips))
+        scales = scales_of(how, self.defaults, len(clips))
         away = each(how.get("negative"), len(clips), "negative")
         progress.begin("sample", goal, "codes")
         while open_ := [i for i, codes in enumerate(known) if len(codes) < ends[i]]:
@@ -375,7 +325,7 @@ class Sampler:
                 begun = known[i][-keep:]
                 until = min(window - len(begun), ends[i] - len(known[i]))
                 height, width = known[i].shape[1:]
-                grammars.append(self.grammar(height, width, window, fps, begun, until))
+                grammars.append(self.canvas.grammar(height, width, window, fps, begun, until))
             # A round of its own: the same noise again would draw the same again.
             part = how | {
                 "guidance": [scales[i // n] for i in open_],
@@ -385,12 +335,11 @@ class Sampler:
             keys = [(i // n, i % n, rounds) for i in open_]
             asked = [texts[i // n] for i in open_]
             drafts = self._drafts(asked, grammars, 1, part, keys)
-            written = self._generate(drafts, choice, None, part, None)
-            for i, draft, ids in zip(open_, drafts, written, strict=True):
-                known[i] = np.concatenate([known[i], self._drawn(draft, ids)])
+            for i, drawn in zip(open_, self._draw(drafts, part, begun=True), strict=True):
+                known[i] = np.concatenate([known[i], drawn])
             rounds += 1
         progress.end("sample")
-        return _grouped(self.pixels(known, False), n)
+        return _grouped(self.canvas.pixels(known, False), n)
 
     def edit(
         self,
@@ -415,35 +364,31 @@ class Sampler:
         if len(images) != len(instructions):
             raise UsageError(f"{len(images)} pictures have {len(instructions)} instructions")
         towards = self.defaults.image_guidance if image_guidance is None else image_guidance
-        _positive(towards, "image-guidance")
+        check_guidance(towards, "image-guidance")
         bos, encode = self.vocabulary.bos, self.vocabulary.text.encode
-        choice = self._choice(how)
-        scales = self._guidance(how, len(images))
+        scales = scales_of(how, self.defaults, len(images))
         sizes = each(size, len(images), "size")
         drafts: list[Draft] = []
-        total = 0
         for place, (image, text) in enumerate(zip(images, instructions, strict=True)):
-            codes = self._codes(image, "image")
+            codes = self.canvas.codes(image, "image")
             block = self._ids([Image(codes)])
             if sizes[place] is None:
-                grammar: BlockGrammar | DocumentGrammar = self.grammar(*codes.shape)
+                grammar: BlockGrammar | DocumentGrammar = self.canvas.grammar(*codes.shape)
             else:
-                grammar = self._picture_grammar(sizes[place])
+                grammar = self.canvas.picture_grammar(sizes[place])
             full = [bos, *block, *encode(text), *grammar.opening]
             rows = [full]
-            if scales[place] != 1 or towards != 1:
+            scale = scales[place]
+            if scale != 1 or towards != 1:
                 rows.append([bos, *block, *grammar.opening])
             if towards != 1:
                 rows.append([bos, *grammar.opening])
             self._fits(len(full), grammar, text)
             grammar = self._bounded(grammar, rows)
-            by = ((towards, scales[place]) if towards != 1 else (scales[place],))[: len(rows) - 1]
-            total += n * _steps(grammar)
+            by = ((towards, scale) if towards != 1 else (scale,))[: len(rows) - 1]
             for copy in range(n):
                 drafts.append(Draft(tuple(rows), grammar, by, (place, copy)))
-        written = self._generate(drafts, choice, None, how, total)
-        made = [self._drawn(draft, ids) for draft, ids in zip(drafts, written, strict=True)]
-        return _grouped([pixels[0] for pixels in self.pixels([m[None] for m in made], True)], n)
+        return self._pictures(drafts, n, how)
 
     def codes(
         self,
@@ -469,9 +414,7 @@ class Sampler:
             "progress": progress,
         }
         drafts = self._drafts(prompts, [grammar] * len(prompts), n, how, keys)
-        total = len(drafts) * len(grammar)
-        written = self._generate(drafts, choice or self._choice(how), None, how, total)
-        return _grouped([grammar.codes(ids) for ids in written], n)
+        return _grouped(self._draw(drafts, how, choice), n)
 
     # --- words -----------------------------------------------------------------------------
 
@@ -496,7 +439,7 @@ class Sampler:
         """The ids behind which the description of a picture or clip is to be written."""
         if question := self.defaults.describe:
             return self._asked([image], [question], fps)
-        return [self.vocabulary.bos, *self._ids([self._segment(image, fps)])]
+        return [self.vocabulary.bos, *self._ids([self.canvas.segment(image, fps)])]
 
     def ask(
         self,
@@ -525,10 +468,10 @@ class Sampler:
         """The ids behind which the answer to the last of `turns` is to be written."""
         if len(turns) % 2 == 0:
             raise UsageError("a conversation must end with a question")
-        if self.manner is not None:
-            blocks = [self._ids([self._segment(one, fps)]) for one in shown]
-            return self.manner.prompt(self.vocabulary, blocks, list(turns))
-        pieces = [Piece(self._segment(one, fps), "user") for one in shown]
+        if self.canvas.manner is not None:
+            blocks = [self._ids([self.canvas.segment(one, fps)]) for one in shown]
+            return self.canvas.manner.prompt(self.vocabulary, blocks, list(turns))
+        pieces = [Piece(self.canvas.segment(one, fps), "user") for one in shown]
         for place, turn in enumerate([*turns, ""]):
             pieces.append(Piece(Text(turn), ("user", "assistant")[place % 2]))
         parts = compose("chat", pieces)[:-1]  # the answer is to be written
@@ -566,12 +509,12 @@ class Sampler:
                 "a document is led away from its pictures without the words: it takes no negative"
             )
         bos, context = self.vocabulary.bos, self.decoder.config.context
-        (scale,) = self._guidance(how, 1)
-        grid = None if size == "free" else self._sides(size)
+        (scale,) = scales_of(how, self.defaults, 1)
+        grid = None if size == "free" else self.canvas.picture(size)
         drafts = []
         for place, document in enumerate(documents):
             segments = [
-                Text(one) if isinstance(one, str) else Image(self._codes(one, "image"))
+                Text(one) if isinstance(one, str) else Image(self.canvas.codes(one, "image"))
                 for one in document
             ]
             full = [bos, *self._ids(segments)]
@@ -587,9 +530,7 @@ class Sampler:
                 rows.append([bos, *self._ids([s for s in segments if isinstance(s, Image)])])
             grammar = DocumentGrammar(self.vocabulary, room, images=images, size=grid)
             drafts.append(Draft(tuple(rows), grammar, (scale,)[: len(rows) - 1], (place, 0)))
-        choice = self._choice(how)
-        total = sum(draft.grammar.most for draft in drafts)
-        written = self._generate(drafts, choice, text, how, total)
+        written = self._generate(drafts, codes_choice(how, self.defaults), text, how)
         replies: list[list[str | np.ndarray]] = []
         for ids in written:
             reply: list[str | np.ndarray] = []
@@ -597,7 +538,7 @@ class Sampler:
                 if isinstance(segment, Text):
                     reply.append(segment.text)
                 elif isinstance(segment, Image):
-                    reply.append(self.pixels([segment.codes[None]], True)[0][0])
+                    reply.append(self.canvas.pixels([segment.codes[None]], True)[0][0])
             replies.append(reply)
         return replies
 
@@ -609,16 +550,10 @@ class Sampler:
         how: Words,
     ) -> list[str]:
         """The text that is written behind each context of ids; `what` an error calls one."""
-        _known(how, Words)
-        max_tokens = _or(max_tokens, self.defaults.max_tokens)
+        choice = words_choice(how, self.defaults)
+        max_tokens = first(max_tokens, self.defaults.max_tokens)
         if max_tokens < 1:
             raise UsageError(f"max-tokens {max_tokens} must be at least 1")
-        own = self.defaults
-        choice = Choice(
-            _or(how.get("temperature"), own.text_temperature) or None,
-            _or(how.get("top_k"), own.text_top_k),
-            _or(how.get("top_p"), own.text_top_p),
-        )
         held, drafts = self.decoder.config.context, []
         for number, ids in enumerate(contexts):
             if len(ids) >= held:
@@ -628,8 +563,7 @@ class Sampler:
                 )
             grammar = text_grammar(self.vocabulary, min(max_tokens, held - len(ids)))
             drafts.append(Draft((ids,), grammar, key=(number, 0)))
-        total = sum(draft.grammar.most for draft in drafts)
-        written = self._generate(drafts, Choice(), choice, how, total)
+        written = self._generate(drafts, Choice(), choice, how)
         eos = self.vocabulary.eos
         return [self.vocabulary.text.decode([i for i in ids if i != eos]) for ids in written]
 
@@ -641,9 +575,9 @@ class Sampler:
         vision: Choice,
         text: Choice | None,
         how: How | Words,
-        total: float | None,
+        begun: bool = False,
     ) -> list[list[int]]:
-        """Ids of each draft; `total` choices are to be made, None if that was told before."""
+        """Ids of each draft; `begun`: progress was told how many there are to be."""
         own, watch = self.defaults, how.get("watch")
         text = text or Choice(own.text_temperature, own.text_top_k, own.text_top_p)
         progress = how.get("progress") or Progress()
@@ -653,8 +587,8 @@ class Sampler:
             if watch is not None:
                 watch(done, steps)
 
-        if total is not None:
-            progress.begin("sample", total, "tokens")
+        if not begun:
+            progress.begin("sample", sum(_steps(one.grammar) for one in drafts), "tokens")
         seed = how.get("seed", 0)
         if isinstance(seed, list):
             if len(seed) <= max(draft.key[0] for draft in drafts):
@@ -662,7 +596,7 @@ class Sampler:
             drafts = [replace(d, key=(0, *d.key[1:]), seed=seed[d.key[0]]) for d in drafts]
             seed = 0  # of none
         written = self.backend.generate(drafts, Drawing(vision, text, seed), seen)
-        if total is not None:
+        if not begun:
             progress.end("sample")
         return written
 
@@ -678,7 +612,7 @@ class Sampler:
         if n < 1:
             raise UsageError(f"n {n} must be at least 1")
         keys = keys or [(prompt, copy) for prompt in range(len(prompts)) for copy in range(n)]
-        scales = self._guidance(how, len(prompts))
+        scales = scales_of(how, self.defaults, len(prompts))
         away = each(how.get("negative"), len(prompts), "negative")
         encode, bos = self.vocabulary.text.encode, self.vocabulary.bos
         drafts = []
@@ -704,138 +638,34 @@ class Sampler:
             return grammar
         return replace(grammar, room=self.decoder.config.context - max(map(len, rows)))
 
-    def _drawn(self, draft: Draft, ids: Sequence[int]) -> np.ndarray:
-        """Codes [H, W] or [T, H, W] of a block that was written."""
-        if isinstance(draft.grammar, BlockGrammar):
-            return draft.grammar.codes(ids)
-        (segment,) = parse([*draft.grammar.opening, *ids], self.vocabulary)
-        assert isinstance(segment, Image)
-        return segment.codes
+    def _draw(
+        self,
+        drafts: Sequence[Draft],
+        how: How,
+        choice: Choice | None = None,
+        begun: bool = False,
+    ) -> list[np.ndarray]:
+        """Codes [H, W] or [T, H, W] of the block of each draft."""
+        choice = choice or codes_choice(how, self.defaults)
+        made = []
+        written = self._generate(drafts, choice, None, how, begun)
+        for draft, ids in zip(drafts, written, strict=True):
+            if isinstance(draft.grammar, BlockGrammar):
+                made.append(draft.grammar.codes(ids))
+            else:
+                (segment,) = parse([*draft.grammar.opening, *ids], self.vocabulary)
+                assert isinstance(segment, Image)
+                made.append(segment.codes)
+        return made
 
-    def _guidance(self, how: How, count: int) -> list[float]:
-        scales = each(_or(how.get("guidance"), self.defaults.guidance), count, "guidance")
-        for scale in scales:
-            _positive(scale, "guidance")
-        return scales
-
-    def _choice(self, how: How) -> Choice:
-        _known(how, How)
-        own = self.defaults
-        return Choice(
-            _or(how.get("temperature"), own.temperature),
-            _or(how.get("top_k"), own.top_k),
-            _or(how.get("top_p"), own.top_p),
-            _or(how.get("plausible"), own.plausible),
-        )
+    def _pictures(self, drafts: Sequence[Draft], n: int, how: How) -> list[list[np.ndarray]]:
+        """The pictures of drafts, `n` to a prompt: uint8 [H, W, 3]."""
+        painted = self.canvas.pixels([codes[None] for codes in self._draw(drafts, how)], True)
+        return _grouped([pixels[0] for pixels in painted], n)
 
     def _ids(self, segments: Sequence[Any]) -> list[int]:
         """Ids of segments, without BOS and EOS."""
         return serialize(segments, self.vocabulary, bos=False, eos=False).tolist()
-
-    def _segment(self, media: np.ndarray, fps: float | None) -> Image | Video:
-        """A picture or clip, pixels or codes, as a segment; of the pixels of a clip no more frames
-        than `seen` says."""
-        codes = np.asarray(media)
-        if codes.dtype == np.uint8:
-            codes = self._encode(codes[: self.seen] if codes.ndim == 4 else codes)
-        if codes.ndim == 2:
-            return Image(codes)
-        return Video(codes, self.fps(fps))
-
-    def _codes(self, media: np.ndarray, kind: str) -> np.ndarray:
-        """Codes [H, W] of a picture or [T, H, W] of a clip, which may be given as codes."""
-        codes = np.asarray(media)
-        if codes.dtype == np.uint8:
-            codes = self._encode(codes)
-        if codes.ndim != (2 if kind == "image" else 3) or not codes.size:
-            wanted = "a picture" if kind == "image" else "a clip"
-            raise UsageError(f"{wanted} is needed here, not codes of shape {list(codes.shape)}")
-        check_codes(Image(codes) if kind == "image" else Video(codes, 1.0), self.vocabulary)
-        return codes.astype(np.int64)
-
-    def _encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Codes [H, W] of a picture, or [T, H, W] of a clip, scaled as in training."""
-        from unimodal.tokenize.unit import exact_arithmetic
-        from unimodal.tokenize.vision.pixels import area_size, resize, to_pixels
-
-        if pixels.ndim not in (3, 4) or pixels.shape[-1] != 3 or not pixels.size:
-            raise UsageError(f"a picture is [H, W, 3] and a clip [F, H, W, 3], not {pixels.shape}")
-        kind = "image" if pixels.ndim == 3 else "video"
-        clip = pixels[None] if pixels.ndim == 3 else _whole_groups(pixels)
-        if self.manner is not None:
-            sides = self.manner.size(clip.shape[1], clip.shape[2])
-        else:
-            _, height, width = self.grid(None, kind)
-            sides = area_size(clip.shape[1], clip.shape[2], height * width * SPATIAL**2)
-        scaled = np.stack([resize(frame, sides) for frame in clip])
-        with exact_arithmetic():
-            codes = self.tokenizer.encode(to_pixels(scaled)[None], self.joint)[0].cpu().numpy()
-        return codes[0] if kind == "image" else codes
-
-    @property
-    def seen(self) -> int | None:
-        """Frames of a clip that are looked at, from its beginning: as many as the clips that
-        training saw most, for words about longer ones are never learned. None: all, where it saw
-        no clips."""
-        if not any(grid["kind"] == "video" for grid in self.grids):
-            return None
-        return self.grid(None, "video")[0] * TEMPORAL
-
-    def fps(self, fps: float | None) -> float:
-        """Frames a second of a clip: as asked, or as training saw most."""
-        if fps is None:
-            fps = next((g["fps"] for g in self.grids if g["kind"] == "video"), 8.0)
-        if not 0 < fps < math.inf:
-            raise UsageError(f"fps {fps} must be positive")
-        return float(fps)
-
-    def grid(self, size: tuple[int, int] | None, kind: str) -> tuple[int, int, int]:
-        """(T, H, W) in codes of a size in pixels, or of what training saw most."""
-        seen = next((tuple(g["size"]) for g in self.grids if g["kind"] == kind), None)
-        if size is None:
-            if seen is None:
-                raise UsageError(
-                    f"this checkpoint does not tell of any {kind} it was trained on: give a size"
-                )
-            return int(seen[0]), int(seen[1]), int(seen[2])
-        if any(side < SPATIAL or side % SPATIAL for side in size):
-            near = "x".join(str(max(SPATIAL, round(side / SPATIAL) * SPATIAL)) for side in size)
-            raise UsageError(
-                f"size {size[0]}x{size[1]}: both sides must be multiples of {SPATIAL}: try {near}"
-            )
-        return int(seen[0]) if seen else 1, size[0] // SPATIAL, size[1] // SPATIAL
-
-    def _sides(self, size: Size) -> tuple[int, int]:
-        if isinstance(size, str):
-            raise UsageError(f"size {size}: height and width in pixels, or free")
-        return self.grid(size, "image")[1:]
-
-    def _picture_grammar(self, size: Size) -> BlockGrammar | DocumentGrammar:
-        if size != "free":
-            return self.grammar(*self._sides(size))
-        return DocumentGrammar(self.vocabulary, self.decoder.config.context, picture=True)
-
-    def grammar(
-        self,
-        height: int,
-        width: int,
-        frames: int | None = None,
-        fps: float | None = None,
-        begun: np.ndarray | None = None,
-        until: int | None = None,
-    ) -> BlockGrammar:
-        """The schedule of a block; sizes in codes. Raises `UnimodalError` if no context holds it,
-        before it is built: that takes time and memory of its length."""
-        context = self.decoder.config.context
-        block = block_length(self.vocabulary, height, width, frames, fps)
-        if 1 + block > context:
-            shape = f"{height}*{width}" if frames is None else f"{frames}*{height}*{width}"
-            raise UnimodalError(
-                f"{shape} codes take {block} tokens, the context of this checkpoint holds "
-                f"{context}: choose a smaller size or fewer frames"
-            )
-        until = None if until is None or begun is None else len(begun) + until
-        return BlockGrammar(self.vocabulary, height, width, frames, fps, begun, until)
 
     def _fits(self, length: int, grammar: BlockGrammar | DocumentGrammar, prompt: str) -> None:
         """`length` of the context, the grammar's opening being its end."""
@@ -851,23 +681,6 @@ class Sampler:
                 f"prompt {shown!r} takes {length - opened} tokens; with {block} of {shape} codes "
                 f"that is over the context of {held}: shorten it by {over}"
             )
-
-    def pixels(self, codes: Sequence[np.ndarray], image: bool) -> list[np.ndarray]:
-        """uint8 [frames, H, W, 3] of codes [T, H, W] each."""
-        from unimodal.tokenize.vision.pixels import to_uint8
-
-        clips: list[np.ndarray] = [np.empty(0)] * len(codes)
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for number, one in enumerate(codes):
-            alike.setdefault(one.shape, []).append(number)
-        for numbers in alike.values():
-            for start in range(0, len(numbers), self.batch):
-                mine = numbers[start : start + self.batch]
-                part = torch.from_numpy(np.stack([codes[i] for i in mine]))
-                made = to_uint8(self.tokenizer.decode(part, image, self.joint))
-                for number, clip in zip(mine, made, strict=True):
-                    clips[number] = clip
-        return clips
 
 
 def is_address(backend: str) -> bool:
@@ -885,44 +698,17 @@ def check_backend(backend: str, weights: str | None, compile: bool) -> None:
         raise UsageError(f"{backend} has its own weights: leave out load.weights")
 
 
-def each(value: Any, count: int, name: str) -> list[Any]:
-    """`value` for each of `count` prompts: a list as it is, anything else again and again."""
-    if not isinstance(value, list):
-        return [value] * count
-    if len(value) != count:
-        raise UsageError(f"{len(value)} values of {name} for {count} prompts: one for each")
-    return value
-
-
 def _any(value: str | Sequence[str | None] | None) -> bool:
     """Whether a prompt, or one of a list, says something."""
     return bool(value) if value is None or isinstance(value, str) else any(value)
 
 
-def _or(value: T | None, default: T) -> T:
-    return default if value is None else value
-
-
-def _known(how: Mapping[str, Any], kind: type) -> None:
-    if unknown := sorted(set(how) - set(kind.__annotations__)):
-        raise TypeError(f"there is no {', '.join(unknown)}: {', '.join(kind.__annotations__)}")
-
-
-def _positive(scale: float, name: str) -> None:
-    if not 0 < scale < math.inf:
-        raise UsageError(f"{name} {scale} must be positive (1 is none)")
-
-
-def _latent(frames: int, name: str = "frames") -> int:
-    if frames < TEMPORAL or frames % TEMPORAL:
-        near = max(TEMPORAL, round(frames / TEMPORAL) * TEMPORAL)
-        raise UsageError(f"{name} {frames} must be a multiple of {TEMPORAL}: try {near}")
-    return frames // TEMPORAL
-
-
-def _steps(grammar: BlockGrammar | DocumentGrammar) -> int:
-    """Free choices, so far as they are known."""
-    return len(grammar) if isinstance(grammar, BlockGrammar) else 0
+def _steps(grammar: Grammar) -> int:
+    """Choices that are to be made, so far as they are known."""
+    if isinstance(grammar, BlockGrammar):
+        return len(grammar)
+    written_size = isinstance(grammar, DocumentGrammar) and grammar.picture
+    return 0 if written_size else grammar.most
 
 
 def _grouped(flat: Sequence[T], n: int) -> list[list[T]]:
@@ -938,25 +724,3 @@ def _numbered(watch: Watch | None, numbers: Sequence[int]) -> Watch | None:
         watch({numbers[i]: ids for i, ids in done.items()}, steps)
 
     return seen
-
-
-def _whole_groups(clip: np.ndarray) -> np.ndarray:
-    """A clip [F, H, W, 3] cut to a multiple of 4 frames, or its last frame repeated up to 4."""
-    if len(clip) < TEMPORAL:
-        return np.concatenate([clip, np.repeat(clip[-1:], TEMPORAL - len(clip), axis=0)])
-    return clip[: len(clip) // TEMPORAL * TEMPORAL]
-
-
-def contact_sheet(images: Sequence[np.ndarray], columns: int = 8, gap: int = 2) -> np.ndarray:
-    """Pictures uint8 [H, W, 3] of one size side by side on white, `columns` to a row."""
-    if not images:
-        raise UsageError("a contact sheet needs at least one picture")
-    height, width = images[0].shape[:2]
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    sheet = np.full(shape, 255, np.uint8)
-    for number, image in enumerate(images):
-        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
-        sheet[top : top + height, left : left + width] = image
-    return sheet

@@ -32,17 +32,16 @@ from unimodal.model.asked import (
     size_of,
     within,
 )
+from unimodal.model.canvas import SPATIAL, TEMPORAL, Canvas
 from unimodal.model.queue import Closed, Full, Queue, Seat
 from unimodal.pipeline.errors import MediaError, UnimodalError
 from unimodal.tokenize.document import block_length
-from unimodal.tokenize.vision.pixels import area_size
 
 if TYPE_CHECKING:
     from fastapi import Request
 
     from unimodal.model.sample import Sampler
 
-SPATIAL, TEMPORAL = 8, 4  # pixels per code along a side, pictures per latent frame
 SILENT = {
     *("model", "user", "stream", "progress", "partial_images", "response_format"),
     *("background", "moderation", "quality", "output_format", "size", "n"),
@@ -77,25 +76,19 @@ class Service:
         except (Full, Closed) as error:
             raise away(error) from error
 
-    def sides(self, shape: Sequence[int], kind: str) -> tuple[int, int]:
-        """(height, width) in pixels that the sampler gives pixels [..., H, W, 3], by its rule."""
-        height, width = shape[-3:-1]
-        if self.sampler.manner is not None:
-            return self.sampler.manner.size(height, width)
-        _, rows, columns = self.sampler.grid(None, kind)
-        return area_size(height, width, rows * columns * SPATIAL**2)
-
-    def seen(self, kind: str) -> dict[str, Any] | None:
-        """The grid of `kind` that training saw most."""
-        return next((g for g in self.sampler.grids if g["kind"] == kind), None)
-
     @property
-    def fps(self) -> float:
-        return float((self.seen("video") or {}).get("fps") or 8.0)
+    def canvas(self) -> Canvas:
+        return self.sampler.canvas
+
+    def held(self, pixels: np.ndarray) -> tuple[int, int]:
+        """(H, W) in codes of pixels [..., H, W, 3], as the sampler scales them."""
+        kind = "video" if pixels.ndim == 4 else "image"
+        height, width = self.canvas.scaled(pixels.shape[-3], pixels.shape[-2], kind)
+        return height // SPATIAL, width // SPATIAL
 
     def abilities(self) -> dict[str, bool]:
         """What the checkpoint may have learned, by the media and tasks it was trained on."""
-        still, moving = self.seen("image") is not None, self.seen("video") is not None
+        still, moving = (bool(self.canvas.commonest(kind)) for kind in ("image", "video"))
         told = {} if self.learned is None else self.learned
         return {
             "images": still,
@@ -112,8 +105,8 @@ class Service:
             "can": self.abilities(),
             "sizes": self._sizes("image"),
             "video_sizes": self._sizes("video"),
-            "frames": int(video["size"][0]) * TEMPORAL if (video := self.seen("video")) else None,
-            "fps": self.fps,
+            "frames": self.canvas.seen,
+            "fps": self.canvas.fps(None),
             "context": self.sampler.decoder.config.context,
             "defaults": self.sampler.defaults.model_dump(mode="json"),
             "limits": self.limits.model_dump(mode="json"),
@@ -129,7 +122,7 @@ class Service:
 
     def _sizes(self, kind: str) -> list[str]:
         """Sizes that were trained on, width x height, the most frequent first."""
-        sizes = [g["size"] for g in self.sampler.grids if g["kind"] == kind]
+        sizes = [g["size"] for g in self.canvas.grids if g["kind"] == kind]
         named = [f"{w * SPATIAL}x{h * SPATIAL}" for _, h, w in sizes if h and w]
         return list(dict.fromkeys(named))[:24]
 
@@ -198,8 +191,7 @@ async def edit_task(
     task.items |= {"images": picture, "instructions": asked.prompt}
     task.settings |= {"size": size, "image_guidance": asked.image_guidance}
     if size is None:
-        rows, columns = service.sides(picture.shape, "image")
-        held = 1, rows // SPATIAL, columns // SPATIAL
+        held = 1, *service.held(picture)
     task.shape = held
     return task
 
@@ -207,7 +199,7 @@ async def edit_task(
 def video_task(service: Service, asked: VideoAsked) -> Task:
     task = _drawn(service, asked, "videos", "video_generation")
     size = size_of(asked.size, service.limits)
-    task.fps = asked.fps or service.fps
+    task.fps = service.canvas.fps(asked.fps)
     task.items |= {"prompts": asked.prompt}
     task.settings |= {"size": size, "frames": asked.frames, "fps": task.fps}
     task.shape = _held(service, size, "video", asked.frames, task.fps)
@@ -226,24 +218,20 @@ async def extend_task(
     take = media.Take(kind="video", whole=True, frames=limits.given, volume=limits.volume)
     given, task.fps = await _read(service, files[0], "video", take, request)
     task.seat = seat
-    frames = asked.frames or int((service.seen("video") or {"size": [2]})["size"][0]) * TEMPORAL
+    frames = asked.frames or service.canvas.grid(None, "video")[0] * TEMPORAL
     task.items |= {"clips": given, "prompts": asked.prompt}
     task.settings |= {"frames": frames, "fps": task.fps}
-    rows, columns = service.sides(given.shape, "video")
-    task.shape = (frames // TEMPORAL, rows // SPATIAL, columns // SPATIAL)
+    task.shape = (frames // TEMPORAL, *service.held(given))
     return task
 
 
 def _drawn(service: Service, asked: Any, method: str, event: str) -> Task:
     """A task with what all drawing has in common; raises `Refused`."""
     check_name(service, asked.model)
-    ability = {"images": "images", "edit": "edit", "videos": "videos", "extend": "extend"}[method]
-    _able(service, ability)
+    _able(service, method)
     within(service.limits, asked)
     seed = secrets.randbits(31) if asked.seed is None else asked.seed
-    keys = ("temperature", "top_k", "top_p")
-    settings = {key: getattr(asked, key) for key in keys if getattr(asked, key) is not None}
-    settings |= {"n": asked.n}
+    settings = {"n": asked.n} | _chosen(asked)
     guidance = asked.guidance or service.sampler.defaults.guidance
     items = {"seed": seed, "guidance": guidance, "negative": asked.negative}
     told = asked.model_dump(exclude_none=True, exclude=SILENT)
@@ -266,6 +254,11 @@ def _drawn(service: Service, asked: Any, method: str, event: str) -> Task:
         seed=seed,
         input_tokens=tokens,
     )
+
+
+def _chosen(asked: Any) -> dict[str, Any]:
+    """How ids are to be chosen, as far as the request says."""
+    return asked.model_dump(include={"temperature", "top_k", "top_p"}, exclude_none=True)
 
 
 def check_name(service: Service, model: str | None) -> None:
@@ -300,7 +293,7 @@ def _held(
     """(T, H, W) in codes of what is asked for; raises `Refused` if the context cannot hold it."""
     sampler = service.sampler
     try:
-        latent, height, width = sampler.grid(size, kind)
+        latent, height, width = service.canvas.grid(size, kind)
         latent = latent if frames is None else frames // TEMPORAL
         moving = (latent, fps) if kind == "video" else ()
         block = block_length(sampler.vocabulary, height, width, *moving)
@@ -330,8 +323,8 @@ async def _read(
     limits = service.limits
     take = replace(
         take,
-        size=lambda height, width, kind: service.sides((height, width, 3), kind),
-        fps=service.fps,
+        size=service.canvas.scaled,
+        fps=service.canvas.fps(None),
         pixels=limits.decoded,
         seconds=limits.seconds,
     )
@@ -397,29 +390,28 @@ async def chat_task(service: Service, asked: ChatAsked, seat: Seat, request: Req
         raise Refused(f"max_tokens {limit} is over the limit of {limits.tokens}", "max_tokens")
     turns, urls = conversation(asked.messages, limits)
     describes = len(urls) == 1 and turns == [""]
-    _able(service, "describe" if describes else "ask")
+    method = "describe" if describes else "ask"
+    _able(service, method)
     # As many pictures of a clip as are looked at, and all at one rate: there is one for a chat.
-    frames = service.sampler.seen or media.TAKEN
+    frames = service.canvas.seen or media.TAKEN
     take = media.Take(frames=frames, volume=limits.volume, steady=True)
     seen = [await _read(service, data_url(url), "messages", take, request) for url in urls]
     shown = [one for one, _ in seen]
-    settings: dict[str, Any] = {"max_tokens": limit}
-    settings |= {
-        name: value
-        for name in ("temperature", "top_k", "top_p")
-        if (value := getattr(asked, name)) is not None
-    }
+    settings = {"max_tokens": limit} | _chosen(asked)
     if any(fps is not None for _, fps in seen):
-        settings["fps"] = service.fps
+        settings["fps"] = service.canvas.fps(None)
     items: dict[str, Any] = {"seed": asked.seed or 0}
-    if describes:
-        task = Task(service, "describe", items | {"images": shown[0]}, settings, {})
-    else:
-        task = Task(service, "ask", items | {"media": shown, "questions": turns}, settings, {})
-    task.input_tokens = _asked_tokens(service, turns, shown)
-    task.progress = asked.progress
-    task.seat = seat
-    return task
+    items |= {"images": shown[0]} if describes else {"media": shown, "questions": turns}
+    return Task(
+        service,
+        method,
+        items,
+        settings,
+        about={},
+        progress=asked.progress,
+        input_tokens=_asked_tokens(service, turns, shown),
+        seat=seat,
+    )
 
 
 def _asked_tokens(service: Service, turns: Sequence[str], shown: Sequence[np.ndarray]) -> int:
@@ -427,9 +419,6 @@ def _asked_tokens(service: Service, turns: Sequence[str], shown: Sequence[np.nda
     vocabulary = service.sampler.vocabulary
     count = sum(len(vocabulary.text.encode(turn)) for turn in turns)
     for pixels in shown:
-        moving = pixels.ndim == 4
-        rows, columns = service.sides(pixels.shape, "video" if moving else "image")
-        sides = rows // SPATIAL, columns // SPATIAL
-        span = (len(pixels) // TEMPORAL, service.fps) if moving else ()
-        count += block_length(vocabulary, *sides, *span)
+        span = (len(pixels) // TEMPORAL, service.canvas.fps(None)) if pixels.ndim == 4 else ()
+        count += block_length(vocabulary, *service.held(pixels), *span)
     return count

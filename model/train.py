@@ -367,7 +367,8 @@ class _Run:
 
     def sample(self) -> None:
         """Draw a grid of pictures, to see what the figures mean."""
-        from unimodal.model.sample import Sampler, contact_sheet
+        from unimodal.model.canvas import contact_sheet
+        from unimodal.model.sample import Sampler
 
         decoder = self.mesh.assembled(self.learners.average.model.eval())
         if decoder is None or self.record is None:

@@ -47,7 +47,7 @@ class Fake:
 
     def __init__(self, clock: Clock | None = None, cost: float = 0.0) -> None:
         self.clock, self.cost = clock, cost
-        self.tokenizer = self
+        self.tokenizer = self.canvas = self
         self.decoded: list[np.ndarray] = []
 
     def encode(self, pixels: Any) -> Any:

@@ -100,7 +100,7 @@ def test_every_answer_is_that_of_its_own_picture_whatever_is_asked_with_it(
     sampler = Sampler.load(stammering, "cpu")
     warm = [key for key in clips if asks[key].temperature]
     texts = sampler.describe(
-        [media(clips[key], sampler.seen) for key in warm],
+        [media(clips[key], sampler.canvas.seen) for key in warm],
         30,
         temperature=0.7,
         seed=[asks[key].seed for key in warm],
@@ -137,7 +137,8 @@ def test_what_cannot_be_described_fails_alone(checkpoint: Path, stammering: Path
     assert isinstance(good, Answer) and good.text == SAID
 
     describer = CheckpointDescriber(_settings(stammering))
-    describer.sampler.grids[:0] = [{"kind": "video", "size": [3, 8, 8], "fps": 6.0, "samples": 9}]
+    clip = {"kind": "video", "size": [3, 8, 8], "fps": 6.0, "samples": 9}
+    describer.sampler.canvas.grids.insert(0, clip)
     clips = {"long": _pictures(12), "good": _pictures(1)}
     found = dict(describer.describe(clips, {key: _ask(key) for key in clips}))
     long = found["long"]

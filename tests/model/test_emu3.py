@@ -302,7 +302,7 @@ def written_by_transformers(model: Any, inputs: dict[str, Any], count: int) -> l
 
 def drawn(sampler: Sampler, guidance: float) -> list[np.ndarray]:
     """Our greedy codes of `PROMPTS`."""
-    greedy, grammar = Choice(temperature=None), sampler.grammar(H, W)
+    greedy, grammar = Choice(temperature=None), sampler.canvas.grammar(H, W)
     rows = sampler.codes(PROMPTS, grammar, guidance=guidance, choice=greedy)
     return [codes for (codes,) in rows]
 
@@ -373,7 +373,7 @@ def test_pictures_have_the_codes_of_transformers_at_the_size_of_its_processor(
         (expected,) = models[1].encode(given["pixel_values"], given["image_sizes"]).image_tokens
     assert len(expected.unique()) > 5
     for path in (released("Emu3-Chat"), converted):
-        codes = Sampler.load(path, device="cpu")._encode(pixels)
+        codes = Sampler.load(path, device="cpu").canvas.encode(pixels)
         assert codes.tolist() == expected.tolist()
 
 
@@ -383,7 +383,7 @@ def test_bounds_of_a_picture_are_the_processors_and_else_the_releases(
     chat = Sampler.load(released("Emu3-Chat"), device="cpu")
     with pytest.raises(MediaError, match="more than 5 times"):
         chat.describe([picture(16, 100)])
-    assert Sampler.load(converted, device="cpu")._encode(picture(16, 100)).shape == (2, 12)
+    assert Sampler.load(converted, device="cpu").canvas.encode(picture(16, 100)).shape == (2, 12)
     seeing = shutil.copytree(released("Emu3-Chat").parent / "Emu3-VisionTokenizer", tmp_path / "v")
     (seeing / "preprocessor_config.json").unlink()
     manner = load(released("Emu3-Chat"), tokenizer=seeing).manner
@@ -398,7 +398,7 @@ def test_stage_1_describes_by_going_on_behind_the_picture(
 ) -> None:
     sampler = Sampler.load(released("Emu3-Stage1"), device="cpu")
     pixels = picture(40, 48)
-    context = literal(f"<|extra_203|>{block(sampler._encode(pixels))}")
+    context = literal(f"<|extra_203|>{block(sampler.canvas.encode(pixels))}")
     theirs = written_by_transformers(models[0], {"input_ids": torch.tensor([context])}, 24)
     assert sampler.describe([pixels], max_tokens=24) == [sampler.vocabulary.text.decode(theirs)]
 
@@ -417,7 +417,7 @@ def test_chat_answers_to_the_releases_literal_template(
     sampler = Sampler.load(released("Emu3-Chat"), device="cpu")
     assert sampler.defaults.max_tokens == 1024 and sampler.defaults.text_temperature is None
     pixels, asked = picture(40, 48), []
-    seen = block(sampler._encode(pixels))
+    seen = block(sampler.canvas.encode(pixels))
     answers = [
         sampler.describe([pixels], max_tokens=24)[0],
         sampler.ask([[pixels]], [QUESTION], max_tokens=24)[0],

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from unimodal.cli.app import app
-from unimodal.model import sample
+from unimodal.model import canvas
 from unimodal.model.dpo import Triplets
 from unimodal.model.prefer import (
     TRIPLETS,
@@ -84,7 +84,7 @@ def test_triplets_are_the_sampled_ids_of_best_and_worst(
             text, image = parse(np.concatenate([prompt, ids]), vocabulary)
             assert text == Text(PROMPTS[pair]) and isinstance(image, Image)
             assert list(image.codes.shape) == row["grid"] == [2, 2]
-            shown.append(sampler.pixels([image.codes[None]], True)[0][0])
+            shown.append(sampler.canvas.pixels([image.codes[None]], True)[0][0])
         score = row["scores"][0]
         # What was kept paints what was scored: nothing was tokenized again.
         kept = pytest.approx([score["chosen"], score["rejected"]], abs=1e-4)
@@ -218,7 +218,7 @@ def test_the_format_is_documented() -> None:
 def test_a_size_beyond_the_context_is_said_before_anything_is_made(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample, "BlockGrammar", None)  # of such a size it takes gigabytes
+    monkeypatch.setattr(canvas, "BlockGrammar", None)  # of such a size it takes gigabytes
     with pytest.raises(UnimodalError, match=r"12500\*12500 codes take 1562\d+ tokens, .* context"):
         make(tmp_path / "out", size=(100_000, 100_000))
     assert not (tmp_path / "out").exists()

@@ -19,14 +19,16 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from unimodal.model import canvas
 from unimodal.model import sample as module
+from unimodal.model.canvas import contact_sheet
 from unimodal.model.checkpoint import load_decoder, weights_config
 from unimodal.model.choice import Choice, Noise
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
 from unimodal.model.generate import Draft, Drawing, TorchBackend
 from unimodal.model.grammar import BlockGrammar, text_grammar
 from unimodal.model.recipe import SamplingSettings, TrainSettings
-from unimodal.model.sample import Sampler, contact_sheet
+from unimodal.model.sample import Sampler
 from unimodal.model.train import train
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.tokenize.document import (
@@ -285,23 +287,23 @@ def test_descriptions_stop_at_eos_and_do_not_depend_on_the_batch(
 
 def test_a_picture_is_described_from_its_codes_at_the_trained_size(sampler: Sampler) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
-    codes = sampler._encode(picture)
+    codes = sampler.canvas.encode(picture)
     assert codes.shape == (4, 5)
     assert sampler.describe([picture], max_tokens=8) == sampler.describe([codes], max_tokens=8)
     clip = np.stack([picture] * 11)  # a clip is cut to whole groups of four frames, or filled up
-    assert sampler._encode(clip).shape[0] == 2
-    assert sampler._encode(clip[:2]).shape[0] == 1
+    assert sampler.canvas.encode(clip).shape[0] == 2
+    assert sampler.canvas.encode(clip[:2]).shape[0] == 1
 
 
 def test_of_a_clip_no_more_is_looked_at_than_training_saw(sampler: Sampler) -> None:
     rng = np.random.default_rng(0)
     clip = rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
-    assert sampler.seen == 8
-    assert sampler._segment(clip, None) == sampler._segment(clip[:8], None)
+    assert sampler.canvas.seen == 8
+    assert sampler.canvas.segment(clip, None) == sampler.canvas.segment(clip[:8], None)
     assert sampler.describe([clip], 6) == sampler.describe([clip[:8]], 6)
     assert sampler.ask([[clip]], ["what?"], 4) == sampler.ask([[clip[:8]]], ["what?"], 4)
     codes = rng.integers(0, 64, (4, 4, 4))  # codes are taken as they are
-    segment = sampler._segment(codes, None)
+    segment = sampler.canvas.segment(codes, None)
     assert isinstance(segment, Video) and len(segment.codes) == 4
     bare = Sampler(sampler.decoder, sampler.vocabulary, sampler.tokenizer, GRIDS[:1])
     assert bare.seen is None
@@ -314,7 +316,7 @@ def test_each_prompt_may_have_its_own_size_guidance_and_negative(
     together = sampler.images(PROMPTS[:3], sizes, n=2, guidance=scales, negative=against, seed=9)
     assert [one[0].shape[:2] for one in together] == sizes
     for place in range(3):
-        grammar = sampler.grammar(sizes[place][0] // 8, sizes[place][1] // 8)
+        grammar = sampler.canvas.grammar(sizes[place][0] // 8, sizes[place][1] // 8)
         alone = sampler.codes(
             [PROMPTS[place]],
             grammar,
@@ -324,7 +326,7 @@ def test_each_prompt_may_have_its_own_size_guidance_and_negative(
             seed=9,
             first=place,
         )
-        pictures = sampler.pixels([one[None] for one in alone[0]], True)
+        pictures = sampler.canvas.pixels([one[None] for one in alone[0]], True)
         assert np.array_equal(np.stack(pictures)[:, 0], np.stack(together[place]))
 
 
@@ -366,7 +368,7 @@ def test_a_clip_goes_on_from_its_last_frames_for_as_long_as_is_asked(
         (ids,) = TorchBackend(decoder).generate([draft], Drawing(Choice(), Choice(), 2))
         known = np.concatenate([known, grammar.codes(ids)])
     assert len(known) * 4 == len(clip)
-    assert np.array_equal(clip, sampler.pixels([known], False)[0])
+    assert np.array_equal(clip, sampler.canvas.pixels([known], False)[0])
     # In the first frames it is what was given; three samples differ behind them.
     several = sampler.extend([codes], frames=4, n=3)[0]
     assert all(np.array_equal(one[:8], clip[:8]) for one in several)
@@ -395,7 +397,7 @@ def test_an_edit_sees_the_picture_and_the_instruction(
     spied = Sampler(decoder, vocabulary, sampler.tokenizer, GRIDS, backend=Kept())
     ((picture,),) = spied.edit([codes], ["make it red"], guidance=2.0, image_guidance=1.5)
     assert picture.shape == (24, 32, 3)
-    grammar = sampler.grammar(3, 4)
+    grammar = sampler.canvas.grammar(3, 4)
     full, image, none = made[0].contexts
     assert full == whole[: len(full)] and len(full) + grammar.most == len(whole)
     block = grammar.ids(codes).tolist()
@@ -437,7 +439,7 @@ def test_a_question_is_asked_in_the_chat_template(
 ) -> None:
     codes = np.random.default_rng(0).integers(0, 64, (2, 3))
     (answer,) = sampler.ask([[codes]], ["what?"], max_tokens=8)
-    block = sampler.grammar(2, 3).ids(codes).tolist()
+    block = sampler.canvas.grammar(2, 3).ids(codes).tolist()
     encode = vocabulary.text.encode
     ids = [vocabulary.bos, *encode("You are a helpful assistant. USER: "), *block]
     ids += [*encode("what?"), *encode(". ASSISTANT:")]
@@ -562,7 +564,7 @@ def test_what_cannot_be_done_is_said_in_one_line(
 def test_what_no_context_holds_is_never_built(
     sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BlockGrammar", None)  # of such a size it takes gigabytes
+    monkeypatch.setattr(canvas, "BlockGrammar", None)  # of such a size it takes gigabytes
     with pytest.raises(UnimodalError, match=r"50000\*50000 codes take 25000\d+ tokens"):
         sampler.images(["a"], size=(400_000, 400_000))
     with pytest.raises(UnimodalError, match=r"900000\*4\*4 codes take 189000\d+ tokens"):
@@ -641,7 +643,7 @@ def test_a_server_is_a_backend_and_holds_the_weights(
     monkeypatch.setattr(vllm_server, "VllmServer", Server)
     sampler = Sampler.load(checkpoint, device="cpu", backend="http://localhost:8000")
     assert isinstance(sampler.backend, Server) and sampler.backend.url == "http://localhost:8000"
-    assert sampler.backend.vocabulary is sampler.vocabulary and sampler.grids
+    assert sampler.backend.vocabulary is sampler.vocabulary and sampler.canvas.grids
     assert sampler.decoder.lm_head.weight.device.type == "meta"
 
 
@@ -717,7 +719,7 @@ def test_clips_of_joint_codes_are_painted_jointly(
     codes = np.random.default_rng(0).integers(0, vocabulary.codebook_size, (2, 3, 3))
     for joint in (False, True):
         sampler = Sampler(decoder, vocabulary, tokenizer, GRIDS, joint=joint)
-        painted = sampler.pixels([codes], image=False)[0]
+        painted = sampler.canvas.pixels([codes], image=False)[0]
         whole = tokenizer.decode(torch.from_numpy(codes)[None], joint=joint)
         assert np.array_equal(painted, to_uint8(whole)[0])
     apart = tokenizer.decode(torch.from_numpy(codes)[None])

@@ -587,7 +587,7 @@ def test_emu3s_own_rule_says_how_large_an_upload_becomes(
     served: Serve, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manner = Manner(min_pixels=32 * 32, max_pixels=48 * 48)
-    monkeypatch.setattr(sampler, "manner", manner)
+    monkeypatch.setattr(sampler.canvas, "manner", manner)
     jobs = []
     client = served()
     real = queue_of(client).submit

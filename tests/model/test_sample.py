@@ -306,7 +306,7 @@ def test_of_a_clip_no_more_is_looked_at_than_training_saw(sampler: Sampler) -> N
     segment = sampler.canvas.segment(codes, None)
     assert isinstance(segment, Video) and len(segment.codes) == 4
     bare = Sampler(sampler.decoder, sampler.vocabulary, sampler.tokenizer, GRIDS[:1])
-    assert bare.seen is None
+    assert bare.canvas.seen is None
 
 
 def test_each_prompt_may_have_its_own_size_guidance_and_negative(

@@ -27,7 +27,7 @@ def curate(
         Path | None,
         typer.Option("--captions", help="Table (csv, jsonl, parquet) of path and caption."),
     ] = None,
-    engine: Annotated[Engine, typer.Option("--engine", help="Where the work runs.")] = Engine.auto,
+    engine: options.On = Engine.auto,
     address: options.Address = None,
     workers: options.Workers = None,
     limit: options.Limit = None,

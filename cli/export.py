@@ -12,6 +12,8 @@ from unimodal.cli import options
 if TYPE_CHECKING:
     from unimodal.pipeline.export import Exported
 
+Where = Annotated[str, typer.Option(help="Which clips: SQL over the columns of clips.parquet.")]
+
 app = typer.Typer(
     help="Write clips, a data set, a model or a tokenizer as files.", no_args_is_help=True
 )
@@ -24,7 +26,7 @@ def _group() -> None:
 
 @app.command("clips")
 def clips(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or '-'.")],
+    run: options.Run,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files.")] = Path("clips"),
     mode: Annotated[
         str,
@@ -33,9 +35,7 @@ def clips(
             "inside it; exact: encoded anew, to the frame."
         ),
     ] = "copy",
-    where: Annotated[
-        str, typer.Option(help="Which clips: SQL over the columns of clips.parquet.")
-    ] = "verdict = 'keep'",
+    where: Where = "verdict = 'keep'",
     crop: Annotated[bool, typer.Option("--crop", help="Cut letterbox bars off (exact).")] = False,
     crf: Annotated[int, typer.Option(help="H.264 quality of exact; lower is better.")] = 18,
     json: options.Json = False,
@@ -72,7 +72,7 @@ def _told(done: Exported, json: bool, quiet: bool) -> None:
 
 @app.command("dataset")
 def dataset(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or '-'.")],
+    run: options.Run,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder.")] = Path("dataset"),
     layout: Annotated[
         str,
@@ -81,9 +81,7 @@ def dataset(
             "webdataset: for webdataset, Megatron-Energon."
         ),
     ] = "huggingface",
-    where: Annotated[
-        str, typer.Option(help="Which clips: SQL over the columns of clips.parquet.")
-    ] = "verdict = 'keep'",
+    where: Where = "verdict = 'keep'",
     crop: Annotated[bool, typer.Option("--crop", help="Cut letterbox bars off.")] = False,
     crf: Annotated[int, typer.Option(help="H.264 quality; lower is better.")] = 18,
     json: options.Json = False,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or '-'.")]
+Checkpoint = Annotated[str, typer.Argument(help="Checkpoint of unimodal train, or '-'.")]
 Preset = Annotated[str, typer.Option("--preset", help="Named set of settings.", metavar="NAME")]
 Sets = Annotated[
     list[str] | None,
@@ -36,3 +38,6 @@ class Engine(StrEnum):
     inline = "inline"
     local = "local"
     ray = "ray"
+
+
+On = Annotated[Engine, typer.Option("--engine", help="Where the work runs.")]

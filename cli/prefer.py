@@ -11,7 +11,7 @@ from unimodal.cli import options
 
 
 def prefer(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint of unimodal train, or '-'.")],
+    checkpoint: options.Checkpoint,
     prompts: Annotated[Path, typer.Argument(help="Text file, a prompt a line.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of triplets.")] = Path(
         "triplets"

@@ -12,7 +12,7 @@ from unimodal.cli import options
 
 
 def serve(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint of unimodal train, or '-'.")],
+    checkpoint: options.Checkpoint,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", help="0 takes a free one.", min=0, max=65535)

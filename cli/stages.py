@@ -33,7 +33,6 @@ RunDir = Annotated[
         help="Run directory, '-' to read its path from stdin; without it, rows come from stdin.",
     ),
 ]
-EngineOption = Annotated[Engine, typer.Option("--engine", help="Where the work runs.")]
 PresetOption = Annotated[
     str | None, typer.Option("--preset", help="Named set of settings.", metavar="NAME")
 ]
@@ -51,7 +50,7 @@ def cut(
     ] = None,
     preset: PresetOption = None,
     sets: options.Sets = None,
-    engine: EngineOption = Engine.auto,
+    engine: options.On = Engine.auto,
     address: options.Address = None,
     workers: options.Workers = None,
     limit: options.Limit = None,
@@ -105,7 +104,7 @@ def _command(text: str, stages: tuple[str, ...], rows: Filter) -> Callable[..., 
         run: RunDir = None,
         preset: PresetOption = None,
         sets: options.Sets = None,
-        engine: EngineOption = Engine.auto,
+        engine: options.On = Engine.auto,
         address: options.Address = None,
         workers: options.Workers = None,
         json_: options.Json = False,
@@ -125,16 +124,15 @@ def _flow_rows(rows: Rows, settings: CurateSettings, progress: Progress) -> Rows
     return flow_rows(rows, settings, progress)
 
 
-def _text_rows(rows: Rows, settings: CurateSettings, progress: Progress) -> Rows:
-    from unimodal.pipeline.filter import score_rows
+def _scored(*scorers: str) -> Filter:
+    """A filter that adds the columns of these scorers."""
 
-    return score_rows(rows, ("text",), settings, progress)
+    def add(rows: Rows, settings: CurateSettings, progress: Progress) -> Rows:
+        from unimodal.pipeline.filter import score_rows
 
+        return score_rows(rows, scorers, settings, progress)
 
-def _score_rows(rows: Rows, settings: CurateSettings, progress: Progress) -> Rows:
-    from unimodal.pipeline.filter import score_rows
-
-    return score_rows(rows, ("quality", "embed", "nsfw"), settings, progress)
+    return add
 
 
 def _dedup_rows(rows: Rows, settings: CurateSettings, progress: Progress) -> Rows:
@@ -147,12 +145,12 @@ flow = _command("Measure motion: mean optical flow as a share of the short side.
 text = _command(
     "Measure how much writing is in the picture: subtitles, credits, marks in corners.",
     ("text",),
-    _text_rows,
+    _scored("text"),
 )
 score = _command(
     "Score clips: technical quality; aesthetics, embeddings and NSFW where weights are given.",
     ("quality", "embed", "nsfw", "match"),
-    _score_rows,
+    _scored("quality", "embed", "nsfw"),
 )
 dedup = _command("Group near-duplicates, the best of each group first.", ("dedup",), _dedup_rows)
 
@@ -228,7 +226,7 @@ def caption(
     words: Annotated[
         Path | None, typer.Option("--words", help="Small classes to compare: colour = ['red', …].")
     ] = None,
-    engine: EngineOption = Engine.auto,
+    engine: options.On = Engine.auto,
     address: options.Address = None,
     plan: options.Plan = False,
     strict: options.Strict = False,
@@ -247,7 +245,7 @@ def caption(
     from unimodal.pipeline.work import Describing
 
     said = {"source": source, "model": model, "url": url, "prompt": prompt, "language": language}
-    given = {f"caption.{key}": value for key, value in said.items() if value is not None}
+    given = {"caption": {key: value for key, value in said.items() if value is not None}}
     if eval_:
         from unimodal.cli.caption_scores import evaluate
 
@@ -295,7 +293,7 @@ def captioner(settings: CurateSettings, engine: str, address: str | None) -> Ope
 
 
 def _caption_plan(
-    path: str, sets: list[str] | None, given: dict[str, str], retry: bool, as_json: bool
+    path: str, sets: list[str] | None, given: dict[str, Any], retry: bool, as_json: bool
 ) -> None:
     from unimodal.cli import console
     from unimodal.pipeline.captioning.forecast import forecast
@@ -307,7 +305,7 @@ def _caption_plan(
 
 
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or '-'.")],
+    run: options.Run,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="HTML file (default: RUN/report.html).")
     ] = None,
@@ -333,9 +331,9 @@ def _run(
     quiet: bool,
     rows: Filter,
     only: str | None = None,
-    over: dict[str, str] | None = None,
+    over: dict[str, Any] | None = None,
 ) -> None:
-    """A stage on a run directory if one is named, else as a filter; `over` are single settings."""
+    """A stage on a run directory if one is named, else as a filter; `over` are settings."""
     from unimodal.cli import console
     from unimodal.pipeline import filter
     from unimodal.pipeline.errors import UsageError
@@ -358,7 +356,7 @@ def _update(
     as_json: bool,
     quiet: bool,
     only: str | None = None,
-    over: dict[str, str] | None = None,
+    over: dict[str, Any] | None = None,
     asking: Describing | None = None,
 ) -> Run:
     from dataclasses import replace
@@ -386,47 +384,28 @@ def _changed(
     preset: str | None,
     sets: list[str] | None,
     only: str | None = None,
-    over: dict[str, str] | None = None,
+    over: dict[str, Any] | None = None,
 ) -> CurateSettings:
     """The run's settings with a preset's (or one group of it) and the user's changes."""
-    from unimodal.pipeline.presets import CurateSettings, preset_layer
-    from unimodal.pipeline.settings import build
-
-    layers = [run.info["settings"]]
-    if preset is not None:
-        groups = _groups(preset_layer(preset))
-        layers = [{**run.info["settings"], **({only: groups[only]} if only else groups)}]
-    return build(CurateSettings, *layers, *_layers(over), sets=sets or [])
-
-
-def _layers(over: dict[str, str] | None) -> list[dict[str, Any]]:
-    """Dotted settings whose values are text as it is, and not TOML."""
-    found: list[dict[str, Any]] = []
-    for key, value in (over or {}).items():
-        group, _, name = key.partition(".")
-        found.append({group: {name: value}})
-    return found
-
-
-def _groups(layer: dict[str, Any]) -> dict[str, Any]:
-    """Whole groups of a preset: what it does not say is the default, not what the run had."""
     from unimodal.pipeline.presets import CurateSettings
     from unimodal.pipeline.settings import build
 
-    return {
-        name: build(CurateSettings, layer).model_dump(mode="json")[name]
-        for name in CurateSettings.model_fields
-        if name not in ("parts", "patience", "limits", "skip", "report")
-    }
+    settings = run.info["settings"]
+    if preset is not None:
+        # Whole groups: what the preset does not say is the default, not what the run had.
+        own = {"parts", "patience", "limits", "skip", "report"}
+        groups = _settings(preset, None).model_dump(mode="json", exclude=own)
+        settings = {**settings, **({only: groups[only]} if only else groups)}
+    return build(CurateSettings, settings, over or {}, sets=sets or [])
 
 
 def _settings(
-    preset: str, sets: list[str] | None, over: dict[str, str] | None = None
+    preset: str, sets: list[str] | None, over: dict[str, Any] | None = None
 ) -> CurateSettings:
     from unimodal.pipeline.presets import CurateSettings, preset_layer
     from unimodal.pipeline.settings import build
 
-    return build(CurateSettings, preset_layer(preset), *_layers(over), sets=sets or [])
+    return build(CurateSettings, preset_layer(preset), over or {}, sets=sets or [])
 
 
 def _what_if(path: str, preset: str | None, sets: list[str] | None, as_json: bool) -> None:

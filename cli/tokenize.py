@@ -35,7 +35,7 @@ def tokenize(
     fps: Annotated[float | None, typer.Option("--fps", help="Pictures a second of video.")] = None,
     preset: Annotated[str | None, typer.Option("--preset", help="emu3, or emu3-chat.")] = None,
     sets: options.Sets = None,
-    engine: Annotated[Engine, typer.Option("--engine", help="Where the work runs.")] = Engine.auto,
+    engine: options.On = Engine.auto,
     address: options.Address = None,
     workers: options.Workers = None,
     limit: options.Limit = None,

@@ -10,7 +10,7 @@ from unimodal.cli import options
 
 
 def why(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or '-'.")],
+    run: options.Run,
     what: Annotated[str, typer.Argument(help="Beginning of a clip's uid, or a source's path.")],
     json: options.Json = False,
     debug: options.Debug = False,

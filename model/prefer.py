@@ -24,10 +24,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from unimodal.model.checkpoint import find
 from unimodal.model.choice import Choice
@@ -82,6 +82,11 @@ COLORS = {
 """The words that `color` looks for in a prompt, and the RGB it takes them for."""
 
 
+def _sides(value: Any) -> Any:
+    """`HxW`, as `sample --size` takes it, as two numbers for pydantic to judge."""
+    return value.split("x") if isinstance(value, str) and "x" in value else value
+
+
 class PreferSettings(Settings):
     """How candidates are drawn; None: as the checkpoint's recipe says."""
 
@@ -89,8 +94,8 @@ class PreferSettings(Settings):
     """Samples of each prompt; Emu3 takes 8 to 10."""
     seed: int = Field(default=0, ge=0)
     """Of the samples."""
-    size: tuple[int, int] | None = None
-    """Height and width in pixels; none: what training saw most."""
+    size: Annotated[tuple[int, int] | None, BeforeValidator(_sides)] = None
+    """Height and width in pixels, as 256x256 or [256, 256]; none: what training saw most."""
     guidance: float | None = None
     temperature: float | None = None
     top_k: int | None = None

@@ -30,6 +30,7 @@ from unimodal.model.recipe import TrainSettings
 from unimodal.model.sample import Sampler
 from unimodal.model.train import train
 from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.settings import build
 from unimodal.tokenize.document import Image, Text, parse
 from unimodal.tokenize.shards import Shards
 
@@ -224,6 +225,15 @@ def test_a_size_beyond_the_context_is_said_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_size_is_written_as_sample_writes_it() -> None:
+    for text in ("size=24x16", "size=[24, 16]"):
+        assert build(PreferSettings, sets=[text]).size == (24, 16)
+    assert build(PreferSettings, sets=["size=none"]).size is None
+    for text in ("size=24", "size=24x", "size=24x16x8", "size=free"):
+        with pytest.raises(UsageError, match="size"):
+            build(PreferSettings, sets=[text])
+
+
 def test_prompts_are_lines(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a kite\n\n  two kites \n")
     assert read_prompts(tmp_path / "p.txt") == ["a kite", "two kites"]
@@ -241,7 +251,7 @@ def test_the_commands_go_from_prompts_to_a_decoder_that_prefers(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     asked = ["prefer", str(checkpoint), str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "t")]
-    asked += ["-n", "3", "--set", "size=[16, 16]", "--set", "guidance=1", "--json", "-q"]
+    asked += ["-n", "3", "--set", "size=16x16", "--set", "guidance=1", "--json", "-q"]
     app([*asked, "--score", "brightness"], standalone_mode=False)
     made = json.loads(capsys.readouterr().out)
     assert made.pop("path") == str(tmp_path / "t" / "triplets.parquet")

@@ -258,13 +258,13 @@ def _masks(distance: int, equal: int) -> list[np.uint64]:
 def _cheapest(
     ways: tuple[tuple[int, int], ...], distance: int, worse: int, better: int
 ) -> tuple[int, int]:
-    """The way with the least work: sorting rows by each key, and comparing candidates, a quarter
-    of that each, of which there are so many if hashes are evenly spread."""
+    """The way with the least work: to sort rows by each key, and to compare candidates, which is a
+    sixth of that each (measured at 3,000,000 clips), if hashes are evenly spread."""
 
     def work(equal: tuple[int, int]) -> float:
         keys = prod(comb(distance + some, some) for some in equal)
         bits = sum(64 * some / (distance + some) for some in equal if some)
-        return keys * (worse + better + worse * better / 2**bits / 4)
+        return keys * (worse + better + worse * better / 2**bits / 6)
 
     return min(ways, key=work)
 

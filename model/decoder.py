@@ -30,19 +30,20 @@ Context = Packed | SharedPacked | Cached
 
 
 class Shape(Settings):
-    """The part of a decoder that a recipe chooses."""
+    """The part of a decoder that a recipe chooses. Upper bounds lie far over any real decoder:
+    they are for configurations of strangers, which name sizes that no machine has."""
 
-    width: int = Field(default=256, ge=8)
+    width: int = Field(default=256, ge=8, le=1 << 17)
     """Channels of the residual stream."""
-    layers: int = Field(default=4, ge=1)
+    layers: int = Field(default=4, ge=1, le=1 << 12)
     """Number of blocks."""
-    heads: int = Field(default=8, ge=1)
+    heads: int = Field(default=8, ge=1, le=1 << 12)
     """Query heads."""
-    kv_heads: int = Field(default=2, ge=1)
+    kv_heads: int = Field(default=2, ge=1, le=1 << 12)
     """Key and value heads; divides `heads`."""
-    head_dim: int = Field(default=0, ge=0)
+    head_dim: int = Field(default=0, ge=0, le=1 << 13)
     """Channels per head, even; 0 means width / heads."""
-    ffn: int = Field(default=768, ge=1)
+    ffn: int = Field(default=768, ge=1, le=1 << 20)
     """Channels inside the SwiGLU."""
     rope_theta: float = Field(default=1e6, gt=0)
     """Base of the rotary frequencies; Emu3 uses 1e6."""

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
 from unimodal.model.parallel import fill
 from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.settings import build
 from unimodal.tokenize.vocabulary import Vocabulary
 
 NAMINGS = ("emu3", "transformers-emu3", "llama")
 WEIGHTS = "model.safetensors"
+MOST = {"vocab_size": 1 << 24, "max_position_embeddings": 1 << 31}
+"""Far over any real decoder, as the bounds of `Shape` are."""
 # model_type in config.json: same graph in each, apart from qwen3's norm of q and k.
 TYPES = ("llama", "Emu3", "emu3", "emu3_text_model", "qwen3")
 # What transformers leaves out of the text_config of a released Emu3, as it is its default.
@@ -83,22 +85,27 @@ def read_config(source: Path) -> DecoderConfig:
         raise UnimodalError(f"{source}: {'; '.join(problems)}")
     try:
         heads = record["num_attention_heads"]
-        shape = Shape(
-            width=record["hidden_size"],
-            layers=record["num_hidden_layers"],
-            heads=heads,
-            kv_heads=record.get("num_key_value_heads") or heads,
-            head_dim=record.get("head_dim") or 0,
-            ffn=record["intermediate_size"],
-            rope_theta=rope.get("rope_theta") or record.get("rope_theta") or 10_000.0,
-            norm_eps=record.get("rms_norm_eps", 1e-6),
-            qk_norm=kind == "qwen3",
-            dropout=record.get("attention_dropout") or 0.0,
-            init_std=record.get("initializer_range", 0.02),
-        )
-        context = int(record.get("max_position_embeddings", 4096))
-        return DecoderConfig(shape, int(record["vocab_size"]), context)
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        told = {
+            "width": record["hidden_size"],
+            "layers": record["num_hidden_layers"],
+            "heads": heads,
+            "kv_heads": record.get("num_key_value_heads") or heads,
+            "head_dim": record.get("head_dim") or 0,
+            "ffn": record["intermediate_size"],
+            "rope_theta": rope.get("rope_theta") or record.get("rope_theta") or 10_000.0,
+            "norm_eps": record.get("rms_norm_eps", 1e-6),
+            "qk_norm": kind == "qwen3",
+            "dropout": record.get("attention_dropout") or 0.0,
+            "init_std": record.get("initializer_range", 0.02),
+        }
+        shape = build(Shape, told)
+        sizes = {"vocab_size": record["vocab_size"]}
+        sizes["max_position_embeddings"] = record.get("max_position_embeddings", 4096)
+        for name, size in sizes.items():
+            if not 0 < int(size) <= MOST[name]:
+                raise ValueError(f"{name} is not within 1 and {MOST[name]}")
+        return DecoderConfig(shape, *map(int, sizes.values()))
+    except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
         raise UnimodalError(f"{source} describes no decoder ({error}): copy it again") from error
 
 

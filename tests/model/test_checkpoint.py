@@ -181,6 +181,11 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of llama"),
         ({"attention_bias": True}, "attention_bias is not supported"),
         ({"hidden_size": "wide"}, "describes no decoder"),
+        ({"hidden_size": 2**40}, "describes no decoder"),
+        ({"num_hidden_layers": 10**400}, "describes no decoder"),
+        ({"vocab_size": 10**9}, "vocab_size is not within 1 and 16777216"),
+        ({"max_position_embeddings": 10**400}, "max_position_embeddings is not within"),
+        ({"rms_norm_eps": 10**400}, "describes no decoder"),
         ({"intermediate_size": 25}, r"config\.json asks for \[16, 25\]"),
     ],
 )

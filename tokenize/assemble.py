@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby
@@ -41,15 +41,18 @@ def clips(work: Work, unit: Unit) -> tuple[list[Sample], list[dict[str, str]]]:
     # A file that killed a worker is not touched again, whichever clip of it did so.
     killed = [work.poison.get(work.thing(k), "") for k in range(len(things))]
     killers = {uri: why for uri, why in zip(uris, killed, strict=True) if why}
-    reads: list[list[Callable[[], np.ndarray]]] = []
-    for thing, uri in zip(things, uris, strict=True):
-        stream = _pixels(work, thing, killers.get(uri, ""))
-        reads.append([partial(next, stream)] * len(thing))
+
+    def reads(some: Iterable[list[Window]]) -> Iterator[list[Callable[[], np.ndarray]]]:
+        # One after another: a stream that was read holds its decoder, and the last window's pixels.
+        for thing in some:
+            stream = _pixels(work, thing, killers.get(thing[0].clip["uri"], ""))
+            yield [partial(next, stream)] * len(thing)
+
     most, count = 2 * work.setup.settings.batch, len(images)
     # The windows of a video come out of one decoder, one after another.
     pictures = chain(
-        work.ahead(reads[:count], 0, work.threads, most),
-        work.ahead(reads[count:], count, min(work.threads, 1), 2),
+        work.ahead(reads(things[:count]), 0, work.threads, most),
+        work.ahead(reads(films), count, min(work.threads, 1), 2),
     )
     found: list[tuple[Window, Codes]] = []
     lost = list(unit.unfit)

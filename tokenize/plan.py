@@ -359,7 +359,9 @@ def windows(
     """
     from unimodal.tokenize.vision.pixels import area_size, smart_size
 
-    if settings.seconds * settings.fps < TEMPORAL:
+    fps = Fraction(str(settings.fps))
+    most = math.floor(Fraction(str(settings.seconds)) * fps) // TEMPORAL
+    if not most:
         raise UsageError(
             f"{settings.seconds:g} s at {settings.fps:g} fps are fewer than {TEMPORAL} pictures, "
             "which one latent frame needs: raise --fps, or --set seconds=…"
@@ -386,9 +388,8 @@ def windows(
         bounds = (settings.min_area, settings.max_area)
         size = smart_size(*shown, *bounds, factor, settings.max_aspect)
     grid = (size[0] // factor, size[1] // factor)
-    video, fps = row["kind"] != "image", Fraction(str(settings.fps))
-    count = picture_count(row, fps) if video else 1
-    most = math.floor(Fraction(str(settings.seconds)) * fps) // TEMPORAL if video else 1
+    video = row["kind"] != "image"
+    count, most = (picture_count(row, fps), most) if video else (1, 1)
 
     def length(frames: int) -> int:
         return 2 + block_length(vocabulary, *grid, *((frames, float(fps)) if video else ()))

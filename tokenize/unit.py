@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -202,7 +202,7 @@ class Work:
         self.tell.seconds(0.0)
 
     def ahead(
-        self, reads: Sequence[Sequence[Callable[[], T]]], first: int, threads: int, depth: int
+        self, reads: Iterable[Sequence[Callable[[], T]]], first: int, threads: int, depth: int
     ) -> Iterator[T | Exception]:
         """What each read of each thing gives, in order, or why it gives nothing.
 

@@ -144,8 +144,9 @@ def test_a_picture_over_max_tokens_is_named_with_the_remedy() -> None:
 
 
 def test_settings_without_a_single_latent_frame_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="raise --fps, or --set seconds"):
-        windows(video(), TokenizeSettings(fps=2, seconds=1), VOCABULARY)
+    for few in ({"fps": 2, "seconds": 1}, {"fps": 3, "seconds": 1.3333333333333333}):
+        with pytest.raises(UsageError, match="raise --fps, or --set seconds"):
+            windows(video(), TokenizeSettings(**few), VOCABULARY)
     with pytest.raises(UsageError, match="raise --fps, or --set seconds"):
         list(
             units(

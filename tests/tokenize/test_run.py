@@ -432,6 +432,33 @@ def test_pictures_are_decoded_while_others_are_encoded_and_not_without_bound(
     assert len(tokenize(run, tmp_path / "out", one, tokenizer=block_mean)) == len(read) == 20
 
 
+def test_a_clip_that_was_read_holds_neither_its_decoder_nor_its_pictures(
+    tmp_path: Path, block_mean: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unimodal.tokenize import assemble
+
+    shown = [125 * j for j in range(8)]
+    sizes = [(64, 48), (48, 64), (64, 64), (48, 48), (80, 48), (48, 80), (80, 80), (96, 48)]
+    films = [movie(tmp_path / f"{i}.mkv", shown, size) for i, size in enumerate(sizes)]
+    rows = [row(film, (0, 1000)) for film in films]
+    right, held, most = assemble.video_pixels, 0, 0
+
+    def reading(windows: Any, tick: Any = None) -> Iterator[np.ndarray]:
+        nonlocal held, most
+        held += 1
+        most = max(most, held)
+        try:
+            yield from right(windows, tick)
+        finally:
+            held -= 1
+
+    monkeypatch.setattr(assemble, "video_pixels", reading)
+    one = SMALL.model_copy(update={"shard_size": 100})
+    run = run_directory(tmp_path / "run", rows)
+    assert len(tokenize(run, tmp_path / "out", one, tokenizer=block_mean)) >= len(rows)
+    assert most <= 4 and not held  # two are read ahead of the one that is asked for
+
+
 def test_a_smaller_selection_leaves_what_a_fresh_run_would(
     media: Path, tmp_path: Path, block_mean: Any
 ) -> None:

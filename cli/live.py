@@ -24,6 +24,7 @@ import numpy as np
 
 from unimodal.cli.outputs import PARTIAL
 from unimodal.model.grammar import BlockGrammar
+from unimodal.pipeline.errors import shown
 
 if TYPE_CHECKING:
     from unimodal.model.generate import Backend, Draft, Drawing, Watch
@@ -266,16 +267,16 @@ class Show:
         if self.quiet:
             return
         if self.live is not None:
-            self.live.console.print(message, style="dim", markup=False, highlight=False)
+            self.live.console.print(shown(message), style="dim", markup=False, highlight=False)
         else:
-            print(message, file=sys.stderr)
+            print(shown(message), file=sys.stderr)
 
     def tell(self, message: str) -> None:
         """A line that is told even if `quiet`: something went wrong."""
         if self.live is not None:
-            self.live.console.print(message, style="yellow", markup=False, highlight=False)
+            self.live.console.print(shown(message), style="yellow", markup=False, highlight=False)
         else:
-            print(message, file=sys.stderr)
+            print(shown(message), file=sys.stderr)
 
     def finished(self, name: str, made: Any = None) -> None:
         """One more output is there: a finished picture stays on the terminal."""

@@ -168,7 +168,7 @@ def sample(
     from unimodal.cli.prompts import requests
     from unimodal.model.checkpoint import find
     from unimodal.model.sample import Sampler, check_backend, is_address
-    from unimodal.pipeline.errors import UnimodalError, UsageError
+    from unimodal.pipeline.errors import UnimodalError, UsageError, shown
     from unimodal.tokenize.device import usable
 
     flags = {
@@ -189,7 +189,7 @@ def sample(
     words = all(item.request.writes_text for item in items)
     folder = Folder(out or Path("samples")) if out or not words else None
     for one in bad:
-        print(f"{one.where}: {one.reason}", file=sys.stderr)
+        print(shown(f"{one.where}: {one.reason}"), file=sys.stderr)
     with folder.held(console.progress(quiet)) if folder else nullcontext():
         told: dict[str, Any] = {"weights": load.weights, "tokenizer": load.tokenizer}
         told |= {"compile": load.compile, "kind": load.kind, "backend": backend}

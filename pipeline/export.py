@@ -291,7 +291,8 @@ def _packets(path: Path, index: int, start: int, end: int, inside: bool) -> Iter
     if key is None or key >= end:
         remedy = "inside the clip: use --mode copy or exact" if inside else "before it: use exact"
         raise MediaError(f"no key frame {remedy}")
-    packets = dropwhile(lambda p: p.pts != key, _demuxed(path, index, seek))
+    demuxed = _demuxed(path, index, seek)
+    packets = dropwhile(lambda p: p.pts != key or not p.is_keyframe, demuxed)
     late: list[Any] = []  # shown after the end; needed only if something before the end follows
     for packet in packets:
         if packet.dts >= end:

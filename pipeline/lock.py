@@ -43,8 +43,9 @@ def run_lock(run: Path, progress: Progress) -> Iterator[None]:
         heart.join()
         if _holds(path, token):  # after a long sleep it may be somebody else's
             path.unlink(missing_ok=True)
-        if mine and not any(run.iterdir()):  # nothing came of it: leave nothing behind
-            run.rmdir()
+        if mine:  # nothing came of it: leave nothing behind, unless another has just begun here
+            with suppress(OSError):
+                run.rmdir()
 
 
 def first_rank_lock(run: Path, progress: Progress) -> AbstractContextManager[None]:
@@ -76,7 +77,7 @@ def _take(path: Path, progress: Progress) -> str:
         try:
             if path.exists():
                 who = _stale(path)
-                path.unlink()
+                path.unlink(missing_ok=True)  # its holder may have ended this instant
                 progress.note(f"{path.parent}: taking over from {who}, which did not finish")
             _create(path, token)
         finally:

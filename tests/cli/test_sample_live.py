@@ -236,3 +236,10 @@ def test_noise_is_keyed_by_the_whole_run_and_not_by_the_call() -> None:
     assert watched.generate(drafts, drawing, lambda *call: told.append(call)) == [[1], [1]]
     assert [(draft.seed, draft.key) for draft in seen] == [(9, (40, 0, 5)), (8, (41, 2, 5))]
     assert told == [({0: [1]}, 5)] and show.meter.tokens == 5
+
+
+def test_what_is_told_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    show = Show(1)
+    show.note("a \x1b[2J")
+    show.tell("b \x07")
+    assert capsys.readouterr().err == "a \\x1b[2J\nb \\x07\n"

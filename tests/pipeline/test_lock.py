@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from unimodal.pipeline import lock
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.lock import STALE_S, first_rank_lock, run_lock
 from unimodal.pipeline.progress import Progress
@@ -136,3 +137,22 @@ def test_of_the_processes_of_torchrun_the_first_holds_the_lock(
         with first_rank_lock(tmp_path, Progress()):
             pass
         assert (tmp_path / "run.lock").exists()
+
+
+def test_a_stale_lock_that_is_released_while_it_is_looked_at_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _leave(tmp_path, "elsewhere", 1, STALE_S + 5)
+    stale, looks = lock._stale, []
+
+    def released(path: Path) -> str:
+        who = stale(path)
+        looks.append(who)
+        if len(looks) == 2:
+            path.unlink()
+        return who
+
+    monkeypatch.setattr(lock, "_stale", released)
+    with run_lock(tmp_path, Notes()):
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    assert len(looks) == 2 and not list(tmp_path.iterdir())

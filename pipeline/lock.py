@@ -117,7 +117,7 @@ def _stale(path: Path) -> str:
 
 
 def _busy(run: Path, who: str) -> UnimodalError:
-    return UnimodalError(f"{run}: {who} is writing this run; wait for it, or end it first")
+    return UnimodalError(f"{run}: {who} is writing here; wait for it, or end it first")
 
 
 def _alive(pid: object, born: object) -> bool:

@@ -499,7 +499,7 @@ def test_a_directory_of_something_else_is_left_alone(
 
 def test_two_runs_never_write_one_directory(media: Path, tmp_path: Path, block_mean: Any) -> None:
     out = tmp_path / "out"
-    with run_lock(out, Progress()), pytest.raises(UnimodalError, match="is writing this run"):
+    with run_lock(out, Progress()), pytest.raises(UnimodalError, match="is writing here"):
         tokenize(media, out, SMALL, tokenizer=block_mean)
     tokenize(media, out, SMALL, tokenizer=block_mean)
     assert not list(out.glob("*.lock"))

@@ -43,6 +43,7 @@ def test_the_judge_is_right_on_real_pictures(unseen: bool) -> None:
     assert len({one.caption for one in things}) > 70
 
 
+@pytest.mark.slow
 def test_the_judge_is_right_on_real_clips_and_sees_no_motion_in_a_still() -> None:
     rng = shapes.rng_of(2)
     clips = [shapes.moving(rng, i % 2 == 0, motion=m) for i in range(4) for m in shapes.MOTIONS]

@@ -56,6 +56,7 @@ def test_more_codes_are_two_and_a_half_decibels_above_a_blurred_copy(
     assert 0.4 <= np.mean([one.energy for one in found]) <= 1.0
 
 
+@pytest.mark.slow
 def test_more_codes_do_for_emoji_and_video_too(more_codes: VisionTokenizer) -> None:
     assert np.mean([one.psnr for one in benchmark.emoji(more_codes)]) >= 24.0
     assert np.mean([one.psnr for one in benchmark.videos(more_codes)]) >= 25.0

@@ -20,14 +20,12 @@ import numpy as np
 from unimodal.cli.given import Given, check, read, read_document, resolve
 from unimodal.cli.live import Show, Watched
 from unimodal.cli.outputs import FAILED, Folder, name_of
-from unimodal.cli.prompts import TEMPORAL, Bad, Item, Request
+from unimodal.cli.prompts import Bad, Item, Request
 from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.tokenize.document import SPATIAL, TEMPORAL
 
 if TYPE_CHECKING:
     from unimodal.model.sample import Sampler
-
-SPATIAL = 8
-"""Pixels per code along a side."""
 
 
 @dataclass(eq=False)

@@ -108,7 +108,9 @@ def _torch_facts(torch: Any) -> dict[str, Any]:
         if not gpus:
             torch.cuda.init()
     except Exception as error:
-        why, gpus = str(error).splitlines()[0][:200], []
+        from unimodal.pipeline.errors import first_line
+
+        why, gpus = first_line(error)[:200], []
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
     if getattr(torch.version, "hip", None):
         build = f"ROCm {torch.version.hip}"

@@ -28,13 +28,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError, first_line
 from unimodal.pipeline.settings import Settings, build
-
-SPATIAL = 8
-"""Pixels per code along a side."""
-TEMPORAL = 4
-"""Pictures per latent frame."""
+from unimodal.tokenize.document import SPATIAL, TEMPORAL
 
 PROMPTS = ("prompt", "caption", "text")
 """Columns of a table that may hold the prompt; the first of them that it has."""
@@ -589,7 +585,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
                     told["prompt"] = told.get("prompt") or ""
                     yield number, {k: v for k, v in told.items() if v is not None}
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise UsageError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def _columns(names: Sequence[str], file: str) -> dict[str, str]:

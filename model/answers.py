@@ -17,7 +17,6 @@ import numpy as np
 
 from unimodal.model import media
 from unimodal.model.asked import ChatAsked, Refused
-from unimodal.model.canvas import SPATIAL, TEMPORAL
 from unimodal.model.guard import error_body
 from unimodal.model.queue import (
     Closed,
@@ -33,6 +32,7 @@ from unimodal.model.queue import (
 )
 from unimodal.model.tasks import POLL, Task, away
 from unimodal.pipeline.errors import UnimodalError
+from unimodal.tokenize.document import SPATIAL, TEMPORAL
 
 if TYPE_CHECKING:
     from fastapi import Request

@@ -15,8 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from unimodal.pipeline.settings import Settings
-
-SPATIAL = 8  # pixels per code along a side
+from unimodal.tokenize.document import SPATIAL
 
 
 class Limits(Settings):

@@ -48,12 +48,6 @@ class Packed:
         self.lengths = list(lengths)
         self.dropout = dropout
 
-    @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, dropout: float = 0.0) -> Packed:
-        """From cumulative lengths [documents + 1], the first 0 and the last T."""
-        marks = cu_seqlens.tolist()
-        return cls([end - start for start, end in pairwise(marks)], dropout)
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, N, C], k and v [T, G, C] -> [T, N, C] in the dtype of `v`."""
         return _attend(q, k, v, self.lengths, self.lengths, self.dropout)

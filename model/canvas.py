@@ -13,16 +13,11 @@ from torch import Tensor
 
 from unimodal.model.grammar import BlockGrammar, DocumentGrammar
 from unimodal.pipeline.errors import UnimodalError, UsageError
-from unimodal.tokenize.document import Image, Video, block_length, check_codes
+from unimodal.tokenize.document import SPATIAL, TEMPORAL, Image, Video, block_length, check_codes
 from unimodal.tokenize.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from unimodal.model.emu3 import Manner
-
-SPATIAL = 8
-"""Pixels per code along a side."""
-TEMPORAL = 4
-"""Pictures per latent frame."""
 
 Size = tuple[int, int] | str | None
 """(height, width) in pixels, multiples of 8; `free`: as the model writes it; None: as training saw

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from unimodal.model.canvas import TEMPORAL
 from unimodal.model.checkpoint import find
 from unimodal.model.sample import Sampler
 from unimodal.model.vllm import VllmBackend
@@ -19,6 +18,7 @@ from unimodal.pipeline.captioning.captioner import Answer, Ask, Batched, Failure
 from unimodal.pipeline.captioning.settings import CaptionSettings
 from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError
 from unimodal.pipeline.observers.keyframes import even
+from unimodal.tokenize.document import TEMPORAL
 from unimodal.tokenize.vision.pixels import resize
 
 ENTRY = f"{__name__}:open_checkpoint"

@@ -41,7 +41,7 @@ from unimodal.model.decoder import Decoder
 from unimodal.model.loss import LossByKind, weighted_cross_entropy
 from unimodal.model.naming import read_json
 from unimodal.model.packing import pack
-from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError, first_line
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.settings import Settings
 from unimodal.tokenize.vocabulary import Vocabulary
@@ -171,7 +171,7 @@ class Triplets:
             try:
                 tables.append(pq.read_table(file, columns=list(COLUMNS)))
             except (OSError, pa.ArrowException) as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 raise UnimodalError(
                     f"{file} holds no triplets ({reason}): make them with unimodal prefer"
                 ) from error

@@ -33,7 +33,7 @@ from unimodal.model.naming import WEIGHTS, read_json
 from unimodal.model.recipe import SamplingSettings
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.settings import build
-from unimodal.tokenize.document import SYSTEM
+from unimodal.tokenize.document import SPATIAL, SYSTEM
 from unimodal.tokenize.text import TextTokenizer
 from unimodal.tokenize.vision.pixels import MAX_ASPECT, smart_size
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
@@ -42,8 +42,6 @@ from unimodal.tokenize.vocabulary import Vocabulary
 RANKS, VISION_TOKENS = "emu3.tiktoken", "emu3_vision_tokens.txt"
 VISION = "Emu3-VisionTokenizer"
 TYPES = ("Emu3", "emu3", "emu3_text_model")
-SPATIAL = 8
-"""Pixels per code along a side."""
 NEGATIVE = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, "
     "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, "

@@ -35,7 +35,7 @@ from unimodal.model.dpo import FILE
 from unimodal.model.grammar import BlockGrammar
 from unimodal.model.naming import read_json, weight_files
 from unimodal.model.recipe import SamplingSettings
-from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError, first_line
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.scorers.weights import fingerprint
@@ -307,7 +307,7 @@ def _candidates(
         try:
             table = pq.read_table(file)
         except (OSError, pa.ArrowException) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UnimodalError(f"{file} cannot be read ({reason}): remove it") from error
     if drawing := table is None or table.num_rows < n * len(prompts):  # the list was shorter
         choice = Choice(*(about[name] for name in ("temperature", "top_k", "top_p", "plausible")))

@@ -32,10 +32,10 @@ from unimodal.model.asked import (
     size_of,
     within,
 )
-from unimodal.model.canvas import SPATIAL, TEMPORAL, Canvas
+from unimodal.model.canvas import Canvas
 from unimodal.model.queue import Closed, Full, Queue, Seat
 from unimodal.pipeline.errors import MediaError, UnimodalError
-from unimodal.tokenize.document import block_length
+from unimodal.tokenize.document import SPATIAL, TEMPORAL, block_length
 
 if TYPE_CHECKING:
     from fastapi import Request

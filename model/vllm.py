@@ -26,7 +26,7 @@ from unimodal.model.export import DTYPES, export_model
 from unimodal.model.generate import Draft, Drawing, Watch
 from unimodal.model.naming import read_config, weight_files
 from unimodal.model.paired import ARGUMENT, OutOfStep, Writing
-from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError, first_line
 from unimodal.pipeline.scorers.weights import fingerprint
 from unimodal.tokenize.vocabulary import Vocabulary
 
@@ -86,7 +86,7 @@ class VllmBackend:
             self.engine = vllm.LLM(**settings).llm_engine
         except Exception as error:  # vLLM's own kinds differ between versions
             raise UnimodalError(
-                f"vLLM did not start ({type(error).__name__}: {str(error).splitlines()[0]}): "
+                f"vLLM did not start ({type(error).__name__}: {first_line(error)}): "
                 "see its lines above, or use the torch backend"
             ) from error
         config = self.engine.vllm_config

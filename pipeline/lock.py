@@ -24,10 +24,15 @@ between machines that share the directory)."""
 @contextmanager
 def run_lock(run: Path, progress: Progress) -> Iterator[None]:
     """Hold `run`/run.lock while the block runs; raises `UnimodalError` if somebody else does."""
-    mine = not run.exists()
-    run.mkdir(parents=True, exist_ok=True)
-    path = run / "run.lock"
-    token = _take(path, progress)
+    path, mine = run / "run.lock", not run.exists()
+    for last in (False, False, True):
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            token = _take(path, progress)
+            break
+        except FileNotFoundError:  # another, to which nothing came, has just removed it
+            if last:
+                raise
     stop = threading.Event()
 
     def beat() -> None:

@@ -33,7 +33,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from unimodal.pipeline import tables
-from unimodal.pipeline.errors import MediaError, UsageError
+from unimodal.pipeline.errors import MediaError, UsageError, first_line
 from unimodal.tokenize.plan import TokenizeSettings
 from unimodal.tokenize.rows import STEP, records
 from unimodal.tokenize.shard import INDEX
@@ -203,7 +203,7 @@ def _first_rows(path: Path, form: str) -> Iterator[Any]:
                 for batch in file.iter_batches(1, columns=_columns(file)):
                     yield from batch.to_pylist()
         except pa.ArrowException as error:
-            raise ValueError(str(error).splitlines()[0]) from error
+            raise ValueError(first_line(error)) from error
         return
     with path.open("rb") as file:
         for _, _, data in records(file, form, "", 0):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError, first_line
 
 # How torch's allocators (CPU, CUDA) and the libraries below them say it; only CUDA has a class.
 _FULL = re.compile(
@@ -28,7 +28,7 @@ def usable(name: str) -> str:
     try:
         torch.empty(1, device=torch.device(name))
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"device {name} cannot be used ({reason}): give --device cpu") from error
     return name
 

@@ -34,6 +34,11 @@ import numpy as np
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.tokenize.vocabulary import Vocabulary
 
+SPATIAL = 8
+"""Pixels along a side of one code of Emu3's vision tokenizer."""
+TEMPORAL = 4
+"""Pictures in one latent frame of it."""
+
 FREE = -1
 """Stands in a template where a vision code goes."""
 

@@ -20,8 +20,9 @@ from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.run import Run
 from unimodal.pipeline.scorers import frechet
 from unimodal.tokenize.device import out_of_memory
+from unimodal.tokenize.document import TEMPORAL
 from unimodal.tokenize.pictures import image_pixels, video_pixels
-from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings, Window, windows
+from unimodal.tokenize.plan import TokenizeSettings, Window, windows
 from unimodal.tokenize.unit import exact_arithmetic
 from unimodal.tokenize.vocabulary import Vocabulary
 

@@ -24,10 +24,10 @@ from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.report.charts import histogram
 from unimodal.pipeline.report.sheet import check_ours, data, document, figure, png
 from unimodal.pipeline.report.words import count, cut_off, share, table
-from unimodal.tokenize.document import Text, parts_length, segment_length
+from unimodal.tokenize.document import TEMPORAL, Text, parts_length, segment_length
 from unimodal.tokenize.fidelity import TASK, Eye, Figures, clip_row, fidelity, usage
 from unimodal.tokenize.pictures import mp4
-from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings
+from unimodal.tokenize.plan import TokenizeSettings
 from unimodal.tokenize.shards import Shards
 from unimodal.tokenize.stats import SIZE, Statistics
 from unimodal.tokenize.vocabulary import Vocabulary

@@ -30,14 +30,9 @@ from unimodal.pipeline.clips import SPAN
 from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError, full_disk
 from unimodal.pipeline.settings import Settings
 from unimodal.pipeline.supervise import Patience
-from unimodal.tokenize.document import block_length
+from unimodal.tokenize.document import SPATIAL, TEMPORAL, block_length
 from unimodal.tokenize.shard import INDEX
 from unimodal.tokenize.vocabulary import Vocabulary
-
-TEMPORAL = 4
-"""Pictures in one latent frame of Emu3's vision tokenizer."""
-SPATIAL = 8
-"""Pixels along a side of one code of Emu3's vision tokenizer."""
 
 MAX_SHARD_CODES = 1 << 26
 """A shard is closed when it holds this many codes (128 MiB), however few its samples are."""

@@ -33,7 +33,8 @@ from unimodal.tokenize import shards
 from unimodal.tokenize.assemble import STAGE, clips, documents
 from unimodal.tokenize.corpora import RowUnit
 from unimodal.tokenize.device import out_of_memory, usable
-from unimodal.tokenize.plan import TEMPORAL, TokenizeSettings, Unit, units
+from unimodal.tokenize.document import TEMPORAL
+from unimodal.tokenize.plan import TokenizeSettings, Unit, units
 from unimodal.tokenize.shard import write_shard
 from unimodal.tokenize.vocabulary import Vocabulary
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from unimodal.model.attention import Cached, Packed
+from unimodal.model.attention import Cached
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape
 
 SHAPE = Shape(width=48, layers=3, heads=6, kv_heads=2, ffn=80, init_std=0.2)
@@ -49,7 +49,3 @@ def test_selected_rows_go_on_as_before() -> None:
     step = Cached(cache.select(rows), torch.tensor([5, 5]), 1)
     hidden = decoder.hidden(ids[rows, 5], step.positions.flatten(), step)
     torch.testing.assert_close(decoder.lm_head(hidden), decoder(ids)[rows, 5], atol=2e-5, rtol=1e-5)
-
-
-def test_cu_seqlens_and_lengths_say_the_same() -> None:
-    assert Packed.from_cu_seqlens(torch.tensor([0, 4, 4, 9])).lengths == [4, 0, 5]

@@ -156,3 +156,20 @@ def test_a_stale_lock_that_is_released_while_it_is_looked_at_is_taken(
     with run_lock(tmp_path, Notes()):
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
     assert len(looks) == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_its_maker_removes_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, create, removed = tmp_path / "run", lock._create, []
+
+    def race(path: Path, token: str) -> None:
+        if not removed:
+            path.parent.rmdir()
+            removed.append(path)
+        create(path, token)
+
+    monkeypatch.setattr(lock, "_create", race)
+    with run_lock(run, Progress()):
+        assert (run / "run.lock").is_file()
+    assert removed and not (run / "run.lock").exists()

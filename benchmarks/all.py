@@ -61,8 +61,10 @@ def commands(assets: Path) -> dict[str, str]:
         "text": "benchmarks.text {film120}",
         "decide": "benchmarks.decide",
         "dedup": "benchmarks.dedup",
-        "growth": "benchmarks.growth list shards inspect index curate again tokenize dedup",
-        "growth-rows": "benchmarks.growth join decide report plan --scale 0.3",
+        "growth": "benchmarks.growth list shards inspect index curate again tokenize dedup "
+        "--json {growth}",
+        "growth-rows": "benchmarks.growth join decide report plan --scale 0.3 --json {growth} "
+        "--plot docs/pictures/growth.png",
         "growth-plan": "benchmarks.growth --plan 1000 10000 100000",
         "small-tokenizer": "benchmarks.small_tokenizer --webp",
         "small-tokenizer-16k": "benchmarks.small_tokenizer small-16k --webp",
@@ -78,6 +80,7 @@ def commands(assets: Path) -> dict[str, str]:
         "thirds": " ".join(str(assets / f"bbb30-{i}.mp4") for i in range(3)),
         "dj": assets / "data-juicer/bin/dj-process",
         "transnet": assets / "transnet",
+        "growth": assets / "work/growth.json",
     }
     return {
         name: f"python -m {line}".format(**names, work=assets / "work" / name)

@@ -72,7 +72,7 @@ def commands(assets: Path) -> dict[str, str]:
         "self-captioner": "benchmarks.self_captioner -o {work}",
         "preferences": "benchmarks.preferences",
         "reliability": "benchmarks.reliability -o {work}/reliability.json",
-        "proof": "benchmarks.proof -o {work}",
+        "proof": "benchmarks.proof -o {work} && python -m benchmarks.proof_tables {work}",
     }
     names = {
         "film": assets / "bbb.mp4",

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -29,7 +29,6 @@ from unimodal.cli import eval as evaluation
 
 app = typer.Typer(
     name="unimodal",
-    help="From a folder of images and videos to one model that generates and describes them.",
     epilog="The road: curate, tokenize, train, sample. "
     "Each command prints the path of what it made, and reads such a path from '-'.",
     no_args_is_help=True,
@@ -37,6 +36,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"unimodal {version('unimodal')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """From a folder of images and videos to one model that generates and describes them."""
+
+
 app.command("curate")(curate.curate)
 app.command("tokenize")(tokenize.tokenize)
 app.command("train")(train.train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ def test_help_imports_nothing_heavy() -> None:
     code = f"import sys, unimodal.cli.app; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert run("--version").stdout == f"unimodal {metadata.version('unimodal')}\n"
 
 
 def test_help_names_every_command() -> None:

@@ -147,5 +147,7 @@ def _plan(
         vocabulary = samples.vocabulary.size
         record = {f"{name} samples": len(samples.rows[name]) for name in ("train", "val")}
         record["packs filled"] = f"{first.fill(context):.1%}"
+        if first.skipped:
+            record["left out"] = first.left_out(context)
     record |= plan(settings, vocabulary, packs, **for_gpus)
     console.plan("would train", record, as_json)

@@ -190,6 +190,8 @@ class Plan:
     packs: list[list[Document]]
     skipped: int
     """Documents longer than the context: a picture is never cut."""
+    longest: int
+    """Tokens of the longest of these."""
     behind: tuple[tuple[int, int, int], ...]
     """`Cursor.sources` of the next window."""
 
@@ -197,6 +199,16 @@ class Plan:
         """Share of the packs' room that holds tokens."""
         used = sum(document.length for pack in self.packs for document in pack)
         return used / max(1, len(self.packs) * context)
+
+    def left_out(self, context: int) -> str:
+        """What does not fit, and the context that would hold it; empty where everything fits."""
+        if not self.skipped:
+            return ""
+        wanted = -(-self.longest // 256) * 256
+        return (
+            f"{self.skipped} documents are longer than data.context = {context:,} and left out: "
+            f"--set data.context={wanted} holds all"
+        )
 
 
 def _generator(*what: object) -> np.random.Generator:
@@ -243,7 +255,7 @@ def plan(
         taken.append((rows, describes, captions, lengths, fits, begins))
     clocks = [one[-1] / source.weight for one, source in zip(taken, sources, strict=True)]
     end = min(clock[-1] for clock in clocks)
-    kept, behind, skipped = [], [], 0
+    kept, behind, skipped, longest = [], [], 0, 0
     for source, (*columns, fits, begins), clock, (epoch, done, _) in zip(
         sources, taken, clocks, positions, strict=True
     ):
@@ -252,6 +264,7 @@ def plan(
         behind.append((epoch + more, done, int(begins[stop])))
         on = np.flatnonzero(fits[:stop])
         skipped += stop - len(on)
+        longest = max(longest, int(columns[-1][:stop][~fits[:stop]].max(initial=0)))
         kept.append([column[on] for column in (clock, *columns)])
     clock, rows, describes, captions, lengths = (
         np.concatenate(column) for column in zip(*kept, strict=True)
@@ -270,7 +283,7 @@ def plan(
         steps = [shuffled[i : i + group] for i in range(whole, len(shuffled), group)]
         inner = [one for i in shuffle.permutation(len(steps)).tolist() for one in steps[i]]
         shuffled = shuffled[:first] + inner + shuffled[first:whole]
-    return Plan(shuffled, skipped, tuple(behind))
+    return Plan(shuffled, skipped, longest, tuple(behind))
 
 
 def _cost(documents: Sequence[Document]) -> int:
@@ -298,7 +311,7 @@ class Loader:
                 f"{len(self.sources)}: give those that the run began with"
             )
         self._planned: object = None
-        self._plan = Plan([], 0, ())
+        self._plan = Plan([], 0, 0, ())
         self._group = 1
 
     @property

@@ -487,10 +487,11 @@ def _introduction(
         data = str(loader)
     else:
         plan, rows = loader.plan, loader.samples.rows
-        skipped = f"; {plan.skipped} too long for data.context skipped" if plan.skipped else ""
+        context = settings.data.context
+        left_out = plan.left_out(context)
         data = (
             f"{len(rows['train'])} training and {len(rows['val'])} validation samples; "
-            f"packs {plan.fill(settings.data.context):.1%} full{skipped}"
+            f"packs {plan.fill(context):.1%} full" + f"\n{left_out}" * bool(left_out)
         )
     return (
         f"decoder {sum(count.values()) / 1e6:.2f} M parameters ({millions}) on {mesh.device}, "

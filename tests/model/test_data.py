@@ -190,6 +190,10 @@ def test_a_picture_longer_than_the_context_is_skipped_and_counted(tiny_shards: S
     made = Loader(Samples([tiny_shards]), settings, 0).plan
     assert made.skipped > 0
     assert sum(map(len, made.packs)) + made.skipped == 9
+    context = int(made.left_out(41).split("data.context=")[1].split()[0])
+    wider = Loader(Samples([tiny_shards]), DataSettings(context=context), 0).plan
+    assert wider.skipped == 0 and not wider.left_out(context)
+    assert 41 < made.longest <= context < made.longest + 256
     assert all(d.length == d.total <= 41 for pack in made.packs for d in pack)
     with pytest.raises(UnimodalError, match=r"data.context = 16 tokens; the smallest needs \d+"):
         Loader(Samples([tiny_shards]), DataSettings(context=16), 0)

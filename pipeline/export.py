@@ -77,6 +77,7 @@ def export_clips(
     where: str | pa.Table = "verdict = 'keep'",
     crop: bool = False,
     crf: int = 18,
+    notes: str = "",
     progress: Progress | None = None,
 ) -> Exported:
     """Write the clips of a run for which `where` holds (SQL over the clip columns) into `out`.
@@ -84,7 +85,8 @@ def export_clips(
     `where` may be the rows themselves.
 
     `crop` cuts letterbox bars off and needs mode exact, as does turning a picture upright; `crf`
-    is the H.264 encoder's quality, lower is better. Images are copied, in mode exact written as
+    is the H.264 encoder's quality, lower is better. `notes` is a folder in `out` for all but the
+    pictures, where other tools would take it for data. Images are copied, in mode exact written as
     upright PNG. Files that are there already and whole are kept, so an interrupted export goes
     on; one clip's failure is told in the result and stops no other. Files of earlier exports
     that are not asked for any more stay, but clips.jsonl does not name them.
@@ -109,7 +111,8 @@ def export_clips(
     sources = {s.uri: s for part in read_parts(run.path / "parts.parquet") for s in part.sources}
     done = Exported(out)
     written: list[dict[str, Any]] = []
-    out.mkdir(parents=True, exist_ok=True)
+    beside = out / notes
+    beside.mkdir(parents=True, exist_ok=True)
     progress.begin("clips", len(rows), "clips")
     with telling_full_disk(out):
         for row in rows:
@@ -117,13 +120,13 @@ def export_clips(
             try:
                 if not re.fullmatch(r"[0-9a-f]{32}", uid):  # it becomes a file's name
                     raise MediaError("its uid is none of ours")
-                made = _complete(out, uid, how)
+                made = _complete(out, beside / f"{uid}.json", how)
                 done.kept += made is not None
                 if made is None:
                     with fetch.local(uri, listed=sources.get(uri), keep=True) as path:
                         made = _write(path, row, out / uid, how, limits)
                     done.written += 1
-                written.append(_sidecar(row, out / uid, made))
+                written.append(_sidecar(row, beside / uid, made))
             except Exception as error:
                 if full_disk(error, out):
                     raise
@@ -131,18 +134,20 @@ def export_clips(
                 done.failed.append({"uid": uid, "uri": uri, "reason": why})
                 progress.note(f"not exported {uid} of {uri}: {why}")
             progress.advance("clips")
-        write_lines(out / "clips.jsonl", written)
+        write_lines(beside / "clips.jsonl", written)
         write_lines(out / "failed.jsonl", done.failed)
     progress.end("clips")
     return done
 
 
-def _complete(out: Path, uid: str, how: Mapping[str, Any]) -> dict[str, Any] | None:
+def _complete(out: Path, note: Path, how: Mapping[str, Any]) -> dict[str, Any] | None:
     """What an earlier export noted of a clip, if its file is whole and was made as asked now."""
     try:
-        made = json.loads((out / f"{uid}.json").read_text())["export"]
+        made = json.loads(note.read_text())["export"]
         name = made["file"]
-        if name != f"{uid}{Path(name).suffix}" or (out / name).stat().st_size != made["bytes"]:
+        if name != f"{note.stem}{Path(name).suffix}":
+            return None
+        if (out / name).stat().st_size != made["bytes"]:
             return None
         return made if all(made.get(key) == value for key, value in how.items()) else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,7 @@
 """A run as a data set for other tools: its clips encoded to the frame, with the tables they read.
 
-    huggingface   videos/{uid}.mp4, videos/metadata.jsonl; images/ likewise; videos.parquet
+    huggingface   videos/{uid}.mp4, videos/metadata.jsonl; images/ likewise; videos.parquet;
+                  what is known of each clip in videos/.clips
                   for `datasets` (videofolder, imagefolder), finetrainers, video-dataset-scripts
     open-sora     files/{uid}.mp4 and .png, meta.csv and meta.parquet
     webdataset    {part}.tar with {uid}.mp4 or .png, {uid}.txt, {uid}.json
@@ -36,6 +37,9 @@ from unimodal.pipeline.run import Run
 from unimodal.pipeline.where import rows_where
 
 Layout = Literal["huggingface", "open-sora", "webdataset"]
+
+NOTES = ".clips"
+"""`datasets` passes over names with a dot; .json and .txt would make a folder one of texts."""
 
 OPEN_SORA = ["path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps"]
 """Columns that Open-Sora 2.0 requires (its docs/train.md); aspect_ratio is height / width."""
@@ -75,7 +79,7 @@ def export_dataset(
             for kind in ("image", "video"):
                 rows, folder = _of(chosen, "kind", kind), out / f"{kind}s"
                 if rows.num_rows:
-                    _add(done, export_clips(run, folder, where=rows, **given))
+                    _add(done, export_clips(run, folder, where=rows, notes=NOTES, **given))
                     _folder(folder, scores)
     done.out = out
     return done
@@ -119,7 +123,7 @@ def _folder(folder: Path, scores: Sequence[str]) -> None:
             "height": row["export"]["height"],
             **{name: row[name] for name in scores},
         }
-        for row in _exported(folder)
+        for row in _exported(folder / NOTES)
     ]
     empty = {name for name in scores if all(row[name] is None for row in rows)}
     rows = [{key: value for key, value in row.items() if key not in empty} for row in rows]

@@ -1,4 +1,4 @@
-"""What people see: progress and tables on stderr; what programs read: paths and JSON on stdout."""
+"""What people see: progress and tables on stderr; results, paths, JSON and plans, on stdout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from unimodal.pipeline.errors import UnimodalError, UsageError, shown
 from unimodal.pipeline.progress import Progress
@@ -34,11 +34,11 @@ def result(path: Path, record: Mapping[str, Any], as_json: bool) -> None:
 
 
 def plan(title: str, record: Mapping[str, Any], as_json: bool) -> None:
-    """Print what `--plan` found: a table for people, or JSON on stdout."""
+    """Print what `--plan` found, a table for people or JSON: on stdout, for it is the result."""
     if as_json:
         print(json.dumps(dict(record)))
     else:
-        table(title, list(record.items()), False)
+        draw(title, list(record.items()), sys.stdout)
 
 
 def progress(quiet: bool) -> Progress:
@@ -156,9 +156,13 @@ class Drawn(Progress):
 
 
 def table(title: str, rows: Sequence[tuple[str, Any]], quiet: bool) -> None:
-    """A small table of names and values for people."""
-    if quiet:
-        return
+    """A small table of names and values for people, on stderr."""
+    if not quiet:
+        draw(title, rows, sys.stderr)
+
+
+def draw(title: str, rows: Sequence[tuple[str, Any]], to: TextIO) -> None:
+    """A table of names and values."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -168,7 +172,7 @@ def table(title: str, rows: Sequence[tuple[str, Any]], quiet: bool) -> None:
     drawn.add_column()
     for name, value in rows:
         drawn.add_row(Text(shown(name)), Text(shown(_number(value))))
-    console = Console(stderr=True)
+    console = Console(file=to)
     # Not as the table's own title, which a narrow table breaks in the middle of a path.
     console.print(Text(title, style="table.title"), soft_wrap=True)
     console.print(drawn)

@@ -172,7 +172,7 @@ def _plan(
         print(codec.dumps({**asdict(found), "engine": driver, "wall_s": round(wall, 1)}))
         return
     rows = [
-        ("sources", f"{found.sources:,}, {found.bytes / 1e6:,.1f} MB, in {found.parts:,} parts"),
+        ("sources", f"{found.sources:,}, {found.bytes / 1e6:,.1f} MB; parts: {found.parts:,}"),
         ("of them", f"{found.images:,} images, {found.video_s / 60:,.1f} minutes of video"),
         *found.stages,
         ("engine", driver),
@@ -183,4 +183,4 @@ def _plan(
         rows.insert(2, ("not looked into", f"{found.unknown:,} in buckets: they count for nothing"))
     if found.unreadable:
         rows.insert(2, ("unreadable", f"about {found.unreadable:,}"))
-    console.table("would curate (lengths and times are estimates)", rows, False)
+    console.plan("would curate (lengths and times are estimates)", dict(rows), False)

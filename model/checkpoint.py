@@ -42,6 +42,7 @@ from unimodal.model.lora import is_adapted, merged, start_adapters
 from unimodal.model.naming import WEIGHTS, config_record, read_config, read_json, read_weights
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
+from unimodal.pipeline.kinds import mistaken
 from unimodal.pipeline.settings import differences
 from unimodal.tokenize.training import WeightAverage
 
@@ -293,8 +294,9 @@ def find(path: Path) -> tuple[Path, Path]:
     if (path / "config.json").is_file():
         return (path.parent if STEP.fullmatch(path.name) else path), path
     raise UnimodalError(
-        f"{path} holds no finished checkpoint (no file named latest): training has not saved yet, "
-        "or this is another directory"
+        mistaken(path, "checkpoint")
+        or f"{path} holds no finished checkpoint (no file named latest): training has not saved "
+        "yet, or this is another directory"
     )
 
 

@@ -51,6 +51,7 @@ from unimodal.model.recipe import TrainSettings, check_resumed, learning_rate
 from unimodal.model.samples import TASKS, draw, hashed
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
+from unimodal.pipeline.kinds import mistaken
 from unimodal.pipeline.lock import first_rank_lock
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.device import usable
@@ -122,8 +123,8 @@ def _train(
     progress = progress if mesh.is_main else Progress()
     mesh.check(settings.decoder, settings.accumulate)
     previous = latest_step(out)
-    if (out / "manifest.json").exists():
-        raise UsageError(f"{out} holds shards: choose another directory for the checkpoint")
+    if previous is None:
+        _must_be_ours(out)
     if previous is not None and not resume:
         raise UnimodalError(f"{out} already holds a run: resume it, or choose another directory")
 
@@ -196,6 +197,16 @@ def _train(
         if run.record is not None:
             run.record.close()
     return out
+
+
+def _must_be_ours(out: Path) -> None:
+    """Raise `UsageError` if `out` holds something else than a training that has not saved yet."""
+    if why := mistaken(out, "checkpoint"):
+        raise UsageError(f"{why}; choose another -o")
+    names = {path.name for path in out.iterdir()} - {"run.lock"} if out.is_dir() else set()
+    begun = {"vocabulary", "vision_tokenizer", "data.json", "config.toml"}
+    if names and not names & begun and not all(name.endswith(".tmp") for name in names):
+        raise UsageError(f"{out} is not empty and not a checkpoint: choose another -o")
 
 
 def _learners(settings: TrainSettings, ids: int, mesh: Mesh) -> Learners:

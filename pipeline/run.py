@@ -29,6 +29,7 @@ from unimodal.pipeline.engine import choose
 from unimodal.pipeline.errors import UsageError, telling_full_disk
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.inputs import list_inputs
+from unimodal.pipeline.kinds import mistaken
 from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.parts import Part, plan, read_parts, write_parts
 from unimodal.pipeline.presets import PRESETS, CurateSettings
@@ -57,7 +58,10 @@ class Run:
         """Open a finished run; raises `UsageError` if `path` is none."""
         run = cls(Path(path))
         if not (run.path / "clips.parquet").exists():
-            raise UsageError(f"{path}: not a finished run directory (it has no clips.parquet)")
+            raise UsageError(
+                mistaken(run.path, "run directory")
+                or f"{path}: not a finished run directory (it has no clips.parquet)"
+            )
         info = run.path / "run.json"
         made_of = view.made_of(run.path / "clips.parquet")
         if not info.exists() or (made_of and made_of != run.info["stages"]):

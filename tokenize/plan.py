@@ -28,6 +28,7 @@ from pydantic import Field
 
 from unimodal.pipeline.clips import SPAN
 from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError, full_disk
+from unimodal.pipeline.kinds import mistaken
 from unimodal.pipeline.settings import Settings
 from unimodal.pipeline.supervise import Patience
 from unimodal.tokenize.document import SPATIAL, TEMPORAL, block_length
@@ -220,8 +221,9 @@ def clips_file(run_dir: Path) -> Path:
     path = run_dir / "clips.parquet"
     if not path.is_file():
         raise UnimodalError(
-            f"no clips at {run_dir} (there is no clips.parquet): make them with "
-            f"unimodal curate MEDIA -o {run_dir}"
+            mistaken(run_dir, "run directory")
+            or f"no clips at {run_dir} (there is no clips.parquet): of media, "
+            f"unimodal curate {run_dir} -o run makes them"
         )
     return path
 

@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from unimodal.pipeline.clips import QUARANTINE, read_parquet, write_parquet
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.files import atomic
+from unimodal.pipeline.kinds import mistaken
 from unimodal.tokenize.document import Image, Piece, Text, Video
 from unimodal.tokenize.shard import (
     GRID,
@@ -421,7 +422,11 @@ def _fill(directory: Path, thing: Vocabulary | VisionTokenizer) -> None:
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.is_file():
-        raise UnimodalError(f"no shards at {path}: make them with unimodal tokenize RUN -o {path}")
+        raise UnimodalError(
+            mistaken(path, "shards")
+            or f"no shards at {path}: unimodal curate makes a run of media, unimodal tokenize "
+            "makes shards of that"
+        )
     try:
         manifest = json.loads(file.read_text())
         if manifest["format"] != FORMAT:

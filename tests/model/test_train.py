@@ -246,8 +246,17 @@ def test_a_start_that_never_saved_leaves_no_vocabulary_to_the_next(
     digest = VisionTokenizer.load(out / "vision_tokenizer").digest
     assert digest == tiny_shards.manifest["vision_tokenizer"]["digest"]
     assert not (out / "vocabulary" / "stale").exists()
-    with pytest.raises(UsageError, match="other holds shards: choose another directory"):
+    with pytest.raises(UsageError, match=r"directory of shards, no checkpoint.*choose another"):
         train([tiny_shards.path], other.path, tiny_settings("steps=1"))
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings
+) -> None:
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="not empty and not a checkpoint: choose another -o"):
+        train([tiny_shards.path], tmp_path, tiny_settings("steps=1"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_fewer_steps_than_are_done_already_are_refused(

@@ -28,6 +28,11 @@ def from_stdin(argument: str) -> str:
     return paths[-1]
 
 
+def nearby(path: Path) -> Path:
+    """`path`, from the working directory where it is in there: as a person would write it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def result(path: Path, record: Mapping[str, Any], as_json: bool) -> None:
     """Print what was made: its path, or a JSON object with the path and the record."""
     print(json.dumps({"path": str(path), **record}) if as_json else path)

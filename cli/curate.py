@@ -86,36 +86,42 @@ def curate(
 
 def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
     """Print a run's totals and warnings for people, its path for programs."""
+    import pyarrow.compute as pc
+
     from unimodal.cli import console
     from unimodal.pipeline.errors import UnimodalError
     from unimodal.pipeline.judged import advice, judge
 
-    totals = made.info["totals"]
+    totals, where = made.info["totals"], console.nearby(made.path)
     record = {name: totals[name] for name in ("kept", "dropped", "quarantined")}
     if not totals["clips"]:
         if as_json:
-            console.result(made.path, record, as_json)
+            console.result(where, record, as_json)
         raise UnimodalError(
             f"no input could be read ({totals['quarantined']} quarantined): see "
-            f"{made.path / 'quarantine.parquet'} for the reason of each"
+            f"{where / 'quarantine.parquet'} for the reason of each"
         )
     if quiet and not as_json:  # a million rows are not read again for nobody
-        console.result(made.path, record, as_json)
+        console.result(where, record, as_json)
         return
     thresholds = made.settings.decide
     judged = judge(made.clips, thresholds)
-    reasons = {one.keep: one.dropped for one in judged if one.dropped}
-    reasons = dict(sorted(reasons.items(), key=lambda item: -item[1]))
+    dropping = sorted((one for one in judged if one.dropped), key=lambda one: -one.dropped)
+    reasons = {one.keep: one.dropped for one in dropping}
     rows: list[tuple[str, Any]] = [
-        (f"dropped by {rule}", dropped) for rule, dropped in reasons.items()
+        (f"  by {one.named}", f"{one.dropped:,}  {one.fails}") for one in dropping
     ]
+    rows.insert(0, ("dropped", totals["dropped"]))
+    said = pc.list_value_length(made.clips.column("captions"))
+    rows.append(("with a caption", pc.sum(pc.greater(said, 0)).as_py() or 0))
+    rows.append(("quarantined", totals["quarantined"]))
     described = made.info.get("captions") or {}
     if described:
         rows.append(("described", f"{described['answered']:,} of {described['requests']:,}"))
         rows += [(f"  {status}", count) for status, count in described["failed"].items()]
     if last := described.get("last"):
         rows.append(("  output tokens/s", last["output_tokens_per_s"]))
-    console.table(f"clips in {made.path}", [*record.items(), *rows], quiet)
+    console.table(f"clips in {where}", [("kept", totals["kept"]), *rows], quiet)
     tell = console.progress(quiet)
     for name, why in made.info["skipped"].items():
         if "switched off" not in why:
@@ -125,7 +131,7 @@ def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
     if not totals["kept"]:
         tell.note("nothing was kept; loosen a rule, for example --set decide.flow_min=none")
     more = {"captions": described} if described else {}
-    console.result(made.path, {**record, "dropped_by": reasons, **more}, as_json)
+    console.result(where, {**record, "dropped_by": reasons, **more}, as_json)
 
 
 def _fraction(text: str | None) -> float | None:

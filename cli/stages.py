@@ -421,11 +421,13 @@ def _what_if(path: str, preset: str | None, sets: list[str] | None, as_json: boo
     if as_json:
         print(json.dumps(asdict(found)))
         return
-    rows: list[tuple[str, Any]] = [("would be dropped", found.dropped)]
-    rows += [(f"  by {turn.rule}", _some(turn)) for turn in found.dropped_by]
-    rows.append(("would be kept", found.kept))
-    rows += [(f"  no more dropped by {turn.rule}", _some(turn)) for turn in found.formerly_by]
-    console.table(f"{path}: nothing was changed", [*rows, ("stay as they are", found.same)], False)
+    rows: list[tuple[str, Any]] = [("newly dropped", found.dropped)]
+    rows += [(f"  now has to hold {turn.rule}", _some(turn)) for turn in found.dropped_by]
+    rows.append(("newly kept", found.kept))
+    rows += [(f"  had to hold {turn.rule}", _some(turn)) for turn in found.formerly_by]
+    rows.append(("stay as they are", found.same))
+    rows.append(("kept", f"{run.kept:,} -> {run.kept + found.kept - found.dropped:,}"))
+    console.plan(f"{path}: nothing was changed", dict(rows), False)
 
 
 def _some(turn: Turn) -> str:

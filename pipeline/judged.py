@@ -19,6 +19,9 @@ from unimodal.pipeline import decide
 _THRESHOLD = re.compile(r"([^<>=]+?)\s*(<=|>=|<|>)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)")
 
 
+_OPPOSITE = {"<=": ">", ">=": "<", "<": ">=", ">": "<="}
+
+
 @dataclass(frozen=True)
 class Judged:
     """One rule, and N clips before it."""
@@ -37,6 +40,20 @@ class Judged:
     def about(self) -> str:
         """The clips that it speaks of."""
         return "all clips" if self.rule.kind == "any" else f"{self.rule.kind}s"
+
+    @property
+    def fails(self) -> str:
+        """What is true of the clips that it drops: the contrary of `keep`."""
+        if self.rule == decide.DEDUP:
+            return "a better near-duplicate is kept"
+        if found := _THRESHOLD.fullmatch(self.keep):
+            return f"{found[1]} {_OPPOSITE[found[2]]} {found[3]}"
+        return f"not ({self.keep})"
+
+    @property
+    def named(self) -> str:
+        """What to change it by: decide.flow_min."""
+        return ", ".join(f"decide.{name}" for name in self.rule.settings)
 
     @property
     def dropped(self) -> int:
@@ -100,9 +117,9 @@ def advice(judged: Sequence[Judged], settings: decide.DecideSettings) -> list[st
                 line += f": their median of {rule.score} is {np.nanmedian(one.values):.3g}"
             lines.append(line)
         elif not one.dropped and rule != decide.DEDUP:  # no near-duplicates are good news
-            idle.append(f"{named} (of {clips_judged})")
+            idle += rule.settings
     if idle:
-        lines.append(f"no clip is dropped by {', '.join(idle)}")
+        lines.append(f"no clip is dropped by {', '.join(dict.fromkeys(idle))}")
     return lines
 
 

@@ -35,6 +35,7 @@ from unimodal.pipeline.parts import Part, plan, read_parts, write_parts
 from unimodal.pipeline.presets import PRESETS, CurateSettings
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.settings import build
+from unimodal.pipeline.source import Source
 from unimodal.pipeline.stage import PartFiles, sweep
 from unimodal.pipeline.stages import part_stages
 from unimodal.pipeline.work import Describing, Engine, Work, do_steps, join, part_steps, store_of
@@ -167,6 +168,8 @@ def curate(
         previous = read_parts(out / "parts.parquet")
         known = [source for part in previous for source in part.sources]
         listing = list_inputs(inputs, limit=limit, fraction=fraction, known=known, verify=verify)
+        for line in _surprises(out, settings, previous, listing.sources, given):
+            progress.note(line)
         given = given.over(listing.given)
         stages = part_stages(settings)
         if verify:
@@ -291,6 +294,41 @@ def _writing(out: Path, progress: Progress) -> Iterator[None]:
     with telling_full_disk(out), run_lock(out, progress):
         sweep(out)
         yield
+
+
+def _surprises(
+    out: Path,
+    settings: CurateSettings,
+    previous: Sequence[Part],
+    sources: Sequence[Source],
+    given: caption.Given,
+) -> Iterator[str]:
+    """What this call undoes of earlier ones, and captions that fit no source."""
+    known = {name for source in sources for name in (source.uri, *source.aliases)}
+    before = {source.uri for part in previous for source in part.sources}
+    if gone := sorted(before - known):
+        yield f"{_some(gone)} of before {_are(gone)} not among the inputs: left out"
+    if strange := sorted({*given.captions, *given.meta} - known):
+        yield f"of the captions, {_some(strange)} {_are(strange)} not among the inputs"
+    info = out / "run.json"
+    if info.exists():
+        then = json.loads(info.read_text())["settings"].get("decide", {})
+        now = settings.model_dump(mode="json")["decide"]
+        other = [
+            f"decide.{name}={value} (was {then[name]})"
+            for name, value in now.items()
+            if name in then and then[name] != value
+        ]
+        if other:
+            yield f"other thresholds than the last time: {', '.join(other)}"
+
+
+def _some(uris: Sequence[str]) -> str:
+    return uris[0] if len(uris) == 1 else f"{len(uris):,} sources ({uris[0]}, …)"
+
+
+def _are(uris: Sequence[str]) -> str:
+    return "is" if len(uris) == 1 else "are"
 
 
 def _must_be_ours(out: Path) -> None:

@@ -272,7 +272,7 @@ def _uris(run: Run) -> list[str]:
 def _clip_lines(found: Mapping[str, Any]) -> Iterable[str]:
     clip = found["clip"]
     yield f"{found['verdict'].upper()}  {_span(clip)} of {clip['uri']}"
-    yield from (f"  {reason}" for reason in found["reasons"] or [])
+    yield from (f"  {in_words(reason)}" for reason in found["reasons"] or [])
     yield ""
     yield from _place_lines(found)
     yield from _score_lines(found)
@@ -345,6 +345,16 @@ def _caption_lines(found: Mapping[str, Any]) -> Iterable[str]:
             )
 
 
+def in_words(reason: str) -> str:
+    """A reason of `decide`, stage:score=value:rule, for people."""
+    stage, _, rest = reason.partition(":")
+    figure, _, rule = rest.partition(":")
+    if stage == "dedup":
+        return "a better near-duplicate is kept"
+    score, _, value = figure.rpartition("=")
+    return f"{score} is {value}; kept if {rule}" if score else f"kept if {rule}"
+
+
 def _source_lines(found: Mapping[str, Any]) -> Iterable[str]:
     clips = found["clips"]
     kept = sum(clip["verdict"] == "keep" for clip in clips)
@@ -352,7 +362,7 @@ def _source_lines(found: Mapping[str, Any]) -> Iterable[str]:
     if found["note"]:
         yield f"  {found['note']}"
     for clip in clips:
-        reasons = f"  {'; '.join(clip['reasons'])}" if clip["reasons"] else ""
+        reasons = "".join(f"  {in_words(reason)}" for reason in clip["reasons"] or [])
         yield f"  {clip['verdict']:<5} {clip['uid']}  {_span(clip)}{reasons}"
     yield from _sick_lines(found["quarantine"])
 

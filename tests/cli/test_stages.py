@@ -104,12 +104,32 @@ def test_what_if_says_what_would_change_and_changes_nothing(tmp_path: Path, medi
     _sh(f"unimodal curate {media} -o {run} -q --set decide.image_min_area=0 {skip}")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     shown = _sh(f"unimodal decide {run} --what-if --set decide.image_min_area=90000")
-    assert "image_min_area" in shown.stderr or "width * height" in shown.stderr
+    assert "now has to hold source: width" in shown.stdout and "3 -> 0" in shown.stdout
     found = json.loads(
         _sh(f"unimodal decide {run} --what-if --json --set decide.image_min_area=90000").stdout
     )
     assert (found["dropped"], found["kept"]) == (3, 0)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_what_a_second_call_undoes_and_captions_that_fit_nothing_are_told(
+    tmp_path: Path, emoji: list[Path]
+) -> None:
+    media, run = tmp_path / "media", tmp_path / "run"
+    media.mkdir()
+    first, second = (Path(shutil.copy(path, media)) for path in emoji[:2])
+    curate = f"""unimodal curate -o {run} --engine inline --set 'skip=["text","quality"]'"""
+    told = _sh(f"{curate} {media}").stderr
+    assert "by decide.image_min_area  2  width * height < 262144" in " ".join(told.split(" "))
+    _sh(f"unimodal decide {run} -q --set decide.image_min_area=0")
+    table = tmp_path / "captions.csv"
+    table.write_text(f"path,caption\n{first},a face\n{media / 'typo.png'},nothing\n")
+    told = _sh(f"{curate} {first} --captions {table}").stderr
+    assert f"{second} of before is not among the inputs" in told
+    assert f"of the captions, {media / 'typo.png'} is not among the inputs" in told
+    assert "decide.image_min_area=262144 (was 0)" in told
+    again = _sh(f"{curate} {first}").stderr
+    assert "other thresholds" not in again and "of before" not in again
 
 
 def test_mistakes_are_one_line(tmp_path: Path, media: Path) -> None:

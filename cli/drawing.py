@@ -27,6 +27,9 @@ from unimodal.tokenize.document import SPATIAL, TEMPORAL
 if TYPE_CHECKING:
     from unimodal.model.sample import Sampler
 
+USUAL = 0.9
+"""Share of training's pictures from which on their commonest size goes without saying."""
+
 
 @dataclass(eq=False)
 class Ready:
@@ -250,6 +253,17 @@ class Studio:
             "shards with clips"
         )
 
+    def _check_usual(self) -> None:
+        """Say that pictures are drawn in one of several sizes that training saw."""
+        seen = [grid for grid in self.sampler.canvas.grids if grid["kind"] == "image"]
+        total = sum(grid["samples"] for grid in seen)
+        if seen and seen[0]["samples"] < USUAL * total:
+            height, width = (side * SPATIAL for side in seen[0]["size"][-2:])
+            self.warn(
+                f"drawn at {height}x{width}, as {seen[0]['samples']:,} of {total:,} pictures in "
+                "training; --size free lets the checkpoint choose"
+            )
+
     def warn(self, message: str) -> None:
         """Tell a person once."""
         if message not in self.warned:
@@ -270,6 +284,8 @@ class Studio:
             told["negative"] = (own.negative if asked.negative is None else asked.negative) or None
             told["suffix"] = own.suffix or None
         size = self._size(asked)
+        if direction == "image" and size is None:
+            self._check_usual()
         if direction in ("image", "video"):
             grid = self.sampler.canvas.grid(None if size == "free" else size, _kind(asked))  # type: ignore[arg-type]
             told["size"] = size if size == "free" else [side * SPATIAL for side in grid[1:]]

@@ -287,13 +287,18 @@ def latest_step(out: Path) -> Path | None:
 def find(path: Path) -> tuple[Path, Path]:
     """(checkpoint directory, step directory) for a path to either, or to a bare model twice."""
     if not path.is_dir():
-        raise UnimodalError(f"no checkpoint at {path}: make one with unimodal train SHARDS -o DIR")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+            raise UsageError(
+                f"no checkpoint at {path}: if it is one of a hub, get it first, for instance with "
+                f"hf download {path} --local-dir {path}"
+            )
+        raise UsageError(f"no checkpoint at {path}: make one with unimodal train SHARDS -o DIR")
     step = latest_step(path)
     if step is not None:
         return path, step
     if (path / "config.json").is_file():
         return (path.parent if STEP.fullmatch(path.name) else path), path
-    raise UnimodalError(
+    raise UsageError(
         mistaken(path, "checkpoint")
         or f"{path} holds no finished checkpoint (no file named latest): training has not saved "
         "yet, or this is another directory"

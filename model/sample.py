@@ -679,7 +679,7 @@ class Sampler:
             shown = prompt if len(prompt) <= 40 else prompt[:40] + "…"
             raise UnimodalError(
                 f"prompt {shown!r} takes {length - opened} tokens; with {block} of {shape} codes "
-                f"that is over the context of {held}: shorten it by {over}"
+                f"that is {over} over the context of {held}: say less, or draw a smaller picture"
             )
 
 

@@ -178,10 +178,11 @@ class Samples:
             self._blocks[key] = filled, self.classes(filled)
         return self._blocks[key]
 
-    def grids(self, limit: int = 64) -> list[dict[str, Any]]:
-        """The commonest shapes of training samples: kind, size, fps, samples. Captioned ones first;
-        of those in other documents, as edits, only what these do not tell."""
+    def grids(self, context: int, limit: int = 64) -> list[dict[str, Any]]:
+        """The commonest shapes of training samples that fit in `context`: kind, size, fps, samples.
+        Captioned ones first; of those in other documents, as edits, only what these do not tell."""
         rows = self.rows["train"][self.tasks[self.rows["train"]] == 0]
+        rows = rows[self.length(rows, np.full(len(rows), WHOLE)) <= context]
         alike, first = _alike(*self.sizes[rows].T, self.rates[rows])
         found = []
         for row, count in zip(rows[first].tolist(), np.bincount(alike).tolist(), strict=True):

@@ -135,7 +135,7 @@ def _train(
     else:
         opened = open_shards(shards)
         samples, source = Samples(opened, settings.data.styles), opened[0]
-        about = _about(opened, samples)
+        about = _about(opened, samples, settings.data.context)
         _check_learned(samples, settings.data)
     out.mkdir(parents=True, exist_ok=True)
     if previous is not None:
@@ -278,7 +278,8 @@ class _Run:
                 name = signal.Signals(stop).name
                 raise Interrupted(
                     f"stopped by {name} at step {clock.step} of {clock.total}; saved in "
-                    f"{self.out}: run the same command again to go on"
+                    f"{self.out}: run the same command again to go on",
+                    stop,
                 )
 
     def step(self) -> dict[str, float]:
@@ -476,7 +477,7 @@ def _check_learned(samples: Samples, data: DataSettings) -> None:
         )
 
 
-def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:
+def _about(opened: Sequence[Any], samples: Samples, context: int) -> dict[str, Any]:
     """What a checkpoint must remember of its data."""
     counts = np.bincount(samples.tasks[samples.rows["train"]], minlength=len(TASKS)).tolist()
     tasks = {name: count for name, count in zip(TASKS, counts, strict=True) if count}
@@ -485,7 +486,7 @@ def _about(opened: Sequence[Any], samples: Samples) -> dict[str, Any]:
         "vocabulary": dict(opened[0].manifest["vocabulary"]),
         "samples": {split: len(rows) for split, rows in samples.rows.items()},
         "shards": samples.digests(),
-        "grids": samples.grids(),
+        "grids": samples.grids(context),
     } | ({"tasks": tasks} if tasks.keys() - {"caption"} else {})
 
 

@@ -100,7 +100,8 @@ def judge(clips: pa.Table, settings: decide.DecideSettings) -> list[Judged]:
 
 def advice(judged: Sequence[Judged], settings: decide.DecideSettings) -> list[str]:
     """Sentences about rules that drop over 70 % of the clips they judge, or none at all."""
-    lines, idle = [], []
+    lines: list[str] = []
+    idle: list[str] = []
     for one in judged:
         rule = one.rule
         if not one.judged:

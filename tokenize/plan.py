@@ -220,7 +220,7 @@ def clips_file(run_dir: Path) -> Path:
     """clips.parquet of a run; raises `UnimodalError` if there is none."""
     path = run_dir / "clips.parquet"
     if not path.is_file():
-        raise UnimodalError(
+        raise UsageError(
             mistaken(run_dir, "run directory")
             or f"no clips at {run_dir} (there is no clips.parquet): of media, "
             f"unimodal curate {run_dir} -o run makes them"

@@ -12,6 +12,7 @@ the same bytes as one that was not.
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -96,6 +97,7 @@ def tokenize(
         device = usable("auto").partition(":")[0]  # a card that torch cannot use is none
     with run_lock(out, progress):
         try:
+            before = _samples(out)
             writer = ShardWriter(out, tokenizer, vocabulary, settings.recorded())
             again = retry_quarantined or not made_of
             shards = None if again else writer.complete(made_of)
@@ -126,12 +128,26 @@ def tokenize(
         except OSError as error:
             raise full_disk(error, out) or error from error
     totals = shards.manifest["totals"]
+    if totals["samples"] < before:
+        progress.note(
+            f"{before:,} samples were here, now {totals['samples']:,}: shards follow their input"
+        )
     if totals["quarantined"]:
         why = out / "quarantine.parquet"
         progress.note(f"{totals['quarantined']} inputs were left out: {why} says why")
     if settings.val_fraction and not totals["val"]:
-        progress.note("no source fell into the validation split: raise val_fraction to have one")
+        progress.note(
+            "no source fell into the validation split: to have one, --set val_fraction=0.1 or more"
+        )
     return shards
+
+
+def _samples(out: Path) -> int:
+    """Of finished shards; 0 where there are none."""
+    try:
+        return int(json.loads((out / "manifest.json").read_text())["totals"]["samples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def estimate(

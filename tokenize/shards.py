@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unimodal.pipeline.clips import QUARANTINE, read_parquet, write_parquet
-from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.kinds import mistaken
 from unimodal.tokenize.document import Image, Piece, Text, Video
@@ -422,7 +422,7 @@ def _fill(directory: Path, thing: Vocabulary | VisionTokenizer) -> None:
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.is_file():
-        raise UnimodalError(
+        raise UsageError(
             mistaken(path, "shards")
             or f"no shards at {path}: unimodal curate makes a run of media, unimodal tokenize "
             "makes shards of that"

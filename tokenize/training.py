@@ -23,6 +23,10 @@ M = TypeVar("M", bound=nn.Module)
 class Interrupted(UnimodalError):
     """A signal ended the training after its state was saved."""
 
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal  # as a shell says it
+
 
 @contextmanager
 def signals() -> Iterator[list[int]]:

@@ -324,11 +324,11 @@ def test_mistakes_are_one_line(
         (["reconstruction", picture, "--lpips", "no.pth"], 2, "no.pth: no LPIPS weights"),
         (["reconstruction", picture, "--inception", tmp_path / "evil.pth"], 2, "cannot be read as"),
         (["reconstruction", picture, "--inception", "no.pth"], 2, "no.pth cannot be read"),
-        (["generation", "nowhere", prompts], 1, "nowhere"),
+        (["generation", "nowhere", prompts], 2, "nowhere"),
         (["generation", drawer, "no.txt"], 2, "no.txt: cannot be read"),
         (["generation", drawer, prompts, "--clip", "no.pt"], 2, "no.pt"),
         (["generation", drawer, prompts, "--words", "w.toml"], 2, "--real RUN"),
-        (["understanding", drawer, "nowhere"], 1, "no shards at nowhere"),
+        (["understanding", drawer, "nowhere"], 2, "no shards at nowhere"),
         (["understanding", drawer, drawn_shards], 1, "nothing to compare with"),
         (["understanding", drawer, other], 1, "of another vision tokenizer"),
     ]

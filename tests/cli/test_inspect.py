@@ -75,7 +75,7 @@ def test_shards_are_counted_filtered_and_merged(call: Call, tmp_path: Path) -> N
     [
         (["no.png"], 1, "no.png: no such file"),
         (["pyproject.toml"], 1, "pyproject.toml: not a video"),
-        (["docs"], 1, "no shards at docs"),
+        (["docs"], 2, "no shards at docs"),
         (["no.png", "--area", "3"], 2, "area"),
         (["no.png", "--tokenizer", "nowhere"], 2, "nowhere: no vision tokenizer"),
         (["no.png", "--device", "nonsense"], 2, "device nonsense cannot be used"),

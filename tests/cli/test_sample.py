@@ -262,7 +262,7 @@ def test_a_file_of_prompts_is_drawn_but_for_its_bad_lines(
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
     assert [one["line"] for one in failed] == [2, 4, 5, 9]
     assert failed[1]["given"] == lines[3] and "none.png" in failed[1]["reason"]
-    assert "shorten it by" in failed[2]["reason"]
+    assert "over the context" in failed[2]["reason"]
     for number in (2, 4, 5, 9):
         assert f"{file}, line {number}: " in told
     assert told.splitlines()[-1] == f"4 of 9 lines could not be used: {out}/failed.jsonl says why"
@@ -409,7 +409,7 @@ def test_rows_appear_in_a_terminal_and_in_a_growing_file(drawer: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["a " * 200], 1, "shorten it by"),
+        (["a " * 200], 1, "over the context"),
         (["a", "--size", "800x800"], 1, "the context of this checkpoint holds 256: choose a sm"),
         (["a", "--guidance", "0"], 2, "guidance = 0.0: Input should be greater than 0"),
         (["a", "--temperature", "-1"], 2, "temperature = -1.0: Input should be greater than 0"),
@@ -491,7 +491,7 @@ def test_one_prompt_that_fails_does_not_stop_the_others(
     sample: Call, drawer: Path, tmp_path: Path
 ) -> None:
     code, said, told = sample(drawer, "a", "b " * 300, "c", "-o", tmp_path)
-    assert code == 1 and "shorten it by" in told
+    assert code == 1 and "over the context" in told
     assert [Path(line).name for line in said.splitlines()] == [
         "000-a-s0-0.png",
         "002-c-s0-0.png",

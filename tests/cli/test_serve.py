@@ -186,7 +186,7 @@ def test_a_port_that_is_taken_and_a_checkpoint_that_is_none(call: Call, tmp_path
         code, _, err = call(tmp_path, "--port", str(port))
         assert code == 2 and f"127.0.0.1:{port} cannot be listened on" in err
     code, _, err = call(tmp_path / "none", "--port", "0")
-    assert code == 1 and "no checkpoint at" in err
+    assert code == 2 and "no checkpoint at" in err
 
 
 def test_a_package_that_is_missing_is_named(

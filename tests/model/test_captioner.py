@@ -259,8 +259,8 @@ def test_it_describes_while_curating_and_afterwards_and_between_pipes(
 @pytest.mark.parametrize(
     ("arguments", "says", "code"),
     [
-        (["--model=nowhere"], "no checkpoint at nowhere", 1),
-        (["--model=."], "holds no finished checkpoint", 1),
+        (["--model=nowhere"], "no checkpoint at nowhere", 2),
+        (["--model=."], "holds no finished checkpoint", 2),
         (["--model={blind}"], "has no vision_tokenizer", 1),
         (["--model={ckpt}", "--set=caption.format=json"], "leave out caption.format", 2),
         ([], "source checkpoint needs caption.model", 2),

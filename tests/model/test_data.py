@@ -389,7 +389,7 @@ def test_edits_lose_instruction_and_source_in_their_shares(
     order = {samples.key(row): row for row in range(len(made))}
     train = [one for row in samples.rows["train"] for one in made[order[samples.key(row)]]]
     sizes = Counter(p.segment.codes.shape for p in train if isinstance(p.segment, Image))
-    grids = samples.grids()  # what a checkpoint of edits alone knows of sizes
+    grids = samples.grids(4096)  # what a checkpoint of edits alone knows of sizes
     assert {tuple(one["size"][1:]): one["samples"] for one in grids} == sizes
     assert grids[0]["kind"] == "image" and grids[0]["samples"] == max(sizes.values())
     counts, first = Counter[tuple[str, ...]](), {}

@@ -22,6 +22,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from signal import SIGTERM
 
 import numpy as np
 import torch
@@ -271,7 +272,8 @@ class _Run:
                     if stopped and not last:
                         raise Interrupted(
                             f"stopped by a signal at step {self.done} of {settings.steps}; saved "
-                            f"in {self.out}: run the same command again to go on"
+                            f"in {self.out}: run the same command again to go on",
+                            received[0] if received else SIGTERM,  # another process had it
                         )
         finally:
             self.progress.end("steps")

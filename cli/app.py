@@ -96,9 +96,7 @@ def main() -> None:
 def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
     """Ctrl-C unwinds, so that nothing is left half written; a second one does not wait for that."""
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
-    print(
-        "unimodal: interrupted; what is finished is kept (twice: at once)", file=sys.stderr
-    )
+    print("unimodal: interrupted; what is finished is kept (twice: at once)", file=sys.stderr)
     raise KeyboardInterrupt
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unimodal.pipeline.files import atomic
+from unimodal.pipeline.judged import in_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +96,9 @@ def _clips(run_dir: Path) -> str:
         cut = f"{row['starts_at']} – {row['ends_at']}" if row["kind"] == "video" else ""
         flow = "" if row["flow_mean"] is None else f"{row['flow_mean']:.4f}"
         luma = "" if row["luma_mean"] is None else f"{row['luma_mean']:.0f}"
-        verdict = row["verdict"] + ("".join(f"<br>{escape(r)}" for r in row["reasons"] or []))
+        verdict = row["verdict"] + (
+            "".join(f"<br>{escape(in_words(r))}" for r in row["reasons"] or [])
+        )
         rows.append(
             f"<tr class={row['verdict']}><td>{escape(Path(row['uri']).name)}"
             f"<td class=strip>{strip}<td class=n>{span[0]}<td class=n>{span[1]}<td>{escape(cut)}"

@@ -19,6 +19,7 @@ from unimodal.pipeline import decide
 _THRESHOLD = re.compile(r"([^<>=]+?)\s*(<=|>=|<|>)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)")
 
 
+BETTER = "a better near-duplicate is kept"
 _OPPOSITE = {"<=": ">", ">=": "<", "<": ">=", ">": "<="}
 
 
@@ -45,7 +46,7 @@ class Judged:
     def fails(self) -> str:
         """What is true of the clips that it drops: the contrary of `keep`."""
         if self.rule == decide.DEDUP:
-            return "a better near-duplicate is kept"
+            return BETTER
         if found := _THRESHOLD.fullmatch(self.keep):
             return f"{found[1]} {_OPPOSITE[found[2]]} {found[3]}"
         return f"not ({self.keep})"
@@ -96,6 +97,16 @@ def judge(clips: pa.Table, settings: decide.DecideSettings) -> list[Judged]:
         if one.score:
             np.copyto(one.values, scores[one.score], where=one.speaks)
     return judged
+
+
+def in_words(reason: str) -> str:
+    """A reason of `decide`, stage:score=value:rule, for people."""
+    stage, _, rest = reason.partition(":")
+    figure, _, rule = rest.partition(":")
+    if stage == "dedup":
+        return BETTER
+    score, _, value = figure.rpartition("=")
+    return f"{score} is {value}; kept if {rule}" if score else f"kept if {rule}"
 
 
 def advice(judged: Sequence[Judged], settings: decide.DecideSettings) -> list[str]:

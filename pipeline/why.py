@@ -24,7 +24,7 @@ from unimodal.pipeline.clips import CLIPS
 from unimodal.pipeline.decide import DecideSettings
 from unimodal.pipeline.errors import UsageError
 from unimodal.pipeline.inputs import MEDIA_SUFFIXES
-from unimodal.pipeline.judged import judge
+from unimodal.pipeline.judged import in_words, judge
 from unimodal.pipeline.parts import read_parts
 from unimodal.pipeline.settings import build
 
@@ -343,16 +343,6 @@ def _caption_lines(found: Mapping[str, Any]) -> Iterable[str]:
                 f"{row['prompt_tokens']} tokens read, {row['output_tokens']} written"
                 + (f"; {row['detail']}" if row["detail"] else "")
             )
-
-
-def in_words(reason: str) -> str:
-    """A reason of `decide`, stage:score=value:rule, for people."""
-    stage, _, rest = reason.partition(":")
-    figure, _, rule = rest.partition(":")
-    if stage == "dedup":
-        return "a better near-duplicate is kept"
-    score, _, value = figure.rpartition("=")
-    return f"{score} is {value}; kept if {rule}" if score else f"kept if {rule}"
 
 
 def _source_lines(found: Mapping[str, Any]) -> Iterable[str]:

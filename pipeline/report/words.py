@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from unimodal.pipeline.clips import CLIPS
 from unimodal.pipeline.decide import DEDUP
-from unimodal.pipeline.judged import Judged
+from unimodal.pipeline.judged import BETTER, Judged, in_words
 from unimodal.pipeline.markup import Html, h, join
 from unimodal.pipeline.report.charts import number
 from unimodal.pipeline.why import stamp
@@ -84,7 +84,7 @@ def verdict(clip: Mapping[str, Any]) -> str:
 def why_dropped(reason: str) -> Html:
     """A reason of decide's, "stage:score=value:keep", as people read it."""
     if reason.startswith(f"{DEDUP.stage}:"):
-        return h("span", "a better near-duplicate is kept")
+        return h("span", BETTER)
     _, _, rest = reason.partition(":")
     figure, _, keep = rest.partition(":")
     score, _, value = figure.rpartition("=")
@@ -98,8 +98,8 @@ def why_dropped(reason: str) -> Html:
 
 
 def reasons(clip: Mapping[str, Any]) -> list[str]:
-    """The rules that drop a clip, as plain text."""
-    return [cut_off(reason.split(":", 2)[-1], 120) for reason in clip["reasons"] or []]
+    """Why a clip is dropped, as plain text."""
+    return [cut_off(in_words(reason), 120) for reason in clip["reasons"] or []]
 
 
 def span(clip: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from unimodal.pipeline.decide import (
     what_if,
 )
 from unimodal.pipeline.errors import UsageError
-from unimodal.pipeline.judged import advice, judge
+from unimodal.pipeline.judged import advice, in_words, judge
 from unimodal.pipeline.presets import PRESETS, CurateSettings
 from unimodal.pipeline.settings import build
 
@@ -263,6 +263,26 @@ def test_every_rule_counts_the_clips_that_it_speaks_of_judges_and_drops() -> Non
         assert one.drops.shape == one.passes.shape == one.speaks.shape == (len(rows),)
         assert not (one.drops | one.passes)[~one.speaks].any()
     assert list(found.values())[-1].rule == DEDUP
+
+
+@pytest.mark.parametrize(
+    ("rule", "fails"),
+    [
+        ("any: colorfulness > 5", "colorfulness <= 5"),
+        ("video: flow_mean <= 0.1", "flow_mean > 0.1"),
+        ("any: blur >= 3 OR quality < 1", "not (blur >= 3 OR quality < 1)"),
+    ],
+)
+def test_what_is_true_of_what_a_rule_drops(rule: str, fails: str) -> None:
+    (*_, mine) = judge(_clips(GOOD), DecideSettings(extra=(rule,), dedup=False))
+    assert mine.fails == fails and mine.named == "decide.extra"
+
+
+def test_reasons_are_told_in_words() -> None:
+    told = in_words("flow:flow_mean=0.0011:flow_mean >= 0.003")
+    assert told == "flow_mean is 0.0011; kept if flow_mean >= 0.003"
+    assert in_words("dedup:dup_rank=1:dup_rank <= 0") == "a better near-duplicate is kept"
+    assert in_words("extra::blur > 3") == "kept if blur > 3"
 
 
 def _advice(clips: pa.Table, settings: DecideSettings) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -213,7 +214,7 @@ def test_torchrun_and_nproc_launch_what_stops_and_goes_on_as_one(
         time.sleep(0.1)
     long.terminate()
     out, errors = long.communicate(timeout=60)
-    assert (long.returncode, out) == (1, "")
+    assert (long.returncode, out) == (128 + signal.SIGTERM, "")
     assert errors.startswith("unimodal: stopped by SIGTERM at step ") and errors.count("\n") == 1
     stopped = latest_step(tmp_path / "nproc")
     assert stopped != tmp_path / "nproc" / "step-00000004"

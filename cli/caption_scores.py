@@ -53,7 +53,9 @@ def _tables(found: Sequence[dict[str, Any]]) -> None:
 def _shown(*texts: str) -> list[Any]:
     from rich.text import Text
 
-    return [Text(text) for text in texts]
+    from unimodal.pipeline.errors import shown
+
+    return [Text(shown(text)) for text in texts]
 
 
 def _number(value: float | None) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from unimodal.pipeline.caption import Given
 from unimodal.pipeline.clips import CLIPS
@@ -117,7 +118,10 @@ def run_directory(folder: Path, clips: pa.Table, videos: int = 20_000) -> Path:
         clips = clips.append_column(name, judged.column(name))
     folders = joint(work, "").folders
     write_view(out, clips.select(CLIPS.names), [], folders)
+    kept = pc.sum(pc.equal(judged.column("verdict"), "keep")).as_py()
+    totals = {"kept": kept, "dropped": len(clips) - kept, "quarantined": 0}
     info = {"settings": settings.model_dump(mode="json"), "stages": folders, "skipped": {}}
+    info["totals"] = totals
     (out / "run.json").write_text(json.dumps(info))
     return out
 

@@ -219,22 +219,24 @@ def row_units(
 ) -> Iterator[RowUnit]:
     """The work, shard by shard; only rows of one task share a shard. Every byte is read once."""
     todo: list[Span] = []
-    number = rows = size = 0
+    number = rows = held = size = 0
 
     for corpus in corpora:
+        if limit is not None and rows >= limit:
+            break
         most = settings.shard_size * (TEXTS if corpus.task == "text" else 1)
         for span, weight in _spans(corpus, settings, most, rows):
             if limit is not None and span.number + span.rows > limit:
                 span = replace(span, rows=limit - span.number)
             if span.rows < 1:
                 break
-            held = sum(s.rows for s in todo)
             full = held + span.rows > most or size + weight > MAX_UNIT_BYTES
             if todo and (full or todo[0].corpus.task != corpus.task):
                 yield RowUnit(number, todo)
-                number, todo, size = number + 1, [], 0
+                number, todo, held, size = number + 1, [], 0, 0
             todo.append(span)
-            rows, size = span.number + span.rows, size + weight
+            rows = span.number + span.rows
+            held, size = held + span.rows, size + weight
     if todo:
         yield RowUnit(number, todo)
 

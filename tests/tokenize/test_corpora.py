@@ -300,6 +300,17 @@ def test_small_files_share_a_shard_and_tasks_do_not(mixed: list[Path], tmp_path:
     assert sum(unit.clips for unit in limited) == 9
 
 
+def test_files_behind_a_limit_are_not_read(tmp_path: Path) -> None:
+    first = lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
+    pq.write_table(pa.table({"text": ["c"]}), tmp_path / "b.parquet")
+    corpora = find_corpora([first, str(tmp_path / "b.parquet")], SMALL)
+    (tmp_path / "b.parquet").write_bytes(b"broken by now")
+    (unit,) = row_units(corpora, SMALL, limit=2)
+    assert unit.clips == 2
+    with pytest.raises(UsageError, match=r"b.parquet: cannot be read"):
+        list(row_units(corpora, SMALL, limit=3))
+
+
 def test_a_change_in_a_file_changes_only_units_from_there_on(tmp_path: Path) -> None:
     rows = [{"conversations": [{"from": "human", "value": str(n)}, QA[1]]} for n in range(12)]
     before, _ = planned([lines(tmp_path / "a.jsonl", rows)])

@@ -8,6 +8,7 @@ preempts one. `unimodal.model.paired` says what happens to their logits.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections import deque
@@ -287,8 +288,9 @@ def exported(checkpoint: Path, vocabulary: Vocabulary, weights: str) -> Path:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             return place
-        except PermissionError:
-            continue
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
     raise UnimodalError(f"neither {places[0].parent} nor {places[1].parent} can be written")
 
 

@@ -49,8 +49,8 @@ class VllmServer:
 
         `rows`: requests that run at once in each, at most its --max-num-seqs. `tries`: how often
         a draft is sent that does not get on. `key`: the server's --api-key. `timeout`: seconds
-        that a draft may take.
-        Raises `UnimodalError` where no server answers, or one holds another kind of model.
+        that a server may be silent.
+        Raises `UsageError` for what is no address, and `UnimodalError` where no vLLM answers.
         """
         self.vocabulary = vocabulary
         self.rows, self.tries, self.timeout = rows, tries, timeout
@@ -96,14 +96,24 @@ class _Server:
 
     def __init__(self, owner: VllmServer, url: str) -> None:
         self.owner, self.url = owner, url.rstrip("/")
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            host, port = parts.hostname, parts.port
+        except ValueError:  # a port that is no number
+            host = None
+        if not host or parts.scheme not in ("http", "https"):
             raise UsageError(f"{url} is no address of a server: give http://HOST:PORT")
-        self.secure, self.host, self.port = parts.scheme == "https", parts.hostname, parts.port
+        self.secure, self.host, self.port = parts.scheme == "https", host, port
         self.path = parts.path
         with closing(self._connect()) as connection:
-            models = json.loads(self._ask(connection, "GET", "/v1/models").read())["data"]
-        self.model, self.context = models[0]["id"], models[0]["max_model_len"]
+            answer = self._ask(connection, "GET", "/v1/models")
+            try:
+                model = json.loads(answer.read())["data"][0]
+                self.model, self.context = str(model["id"]), int(model["max_model_len"])
+            except (OSError, HTTPException, LookupError, TypeError, ValueError) as error:
+                raise UnimodalError(
+                    f"{self.url} is no vllm serve: its /v1/models names no model with a context"
+                ) from error
 
     def write(
         self, number: int, writing: Writing, stream: bool, told: Any, over: threading.Event
@@ -128,7 +138,7 @@ class _Server:
             raise UsageError(
                 f"draft {number} takes {longest} ids, {self.url} holds {self.context}: shorten it"
             )
-        asked = {
+        asked: dict[str, Any] = {
             "model": self.model,
             "prompt": prompts if rows == 1 else [[self.owner.vocabulary.bos], *prompts],
             "max_tokens": min(writing.most, self.context - longest),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -345,8 +348,9 @@ def test_a_checkpoint_is_exported_once_for_each_dtype(
     assert len([*(ckpt / "vllm").iterdir()]) == 3
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_where_a_checkpoint_cannot_be_written_the_cache_directory_serves(
-    tmp_path: Path, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     ckpt = _bare(tmp_path / "ckpt", vocabulary, 32)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -355,7 +359,7 @@ def test_where_a_checkpoint_cannot_be_written_the_cache_directory_serves(
     def refuses(checkpoint: Path, out: Path, *rest: Any) -> Any:
         tried.append(out)
         if len(tried) == 1:
-            raise PermissionError(13, "Permission denied", str(out))
+            raise OSError(number, os.strerror(number), str(out))
         return write(checkpoint, out, *rest)
 
     monkeypatch.setattr(module, "export_model", refuses)
@@ -386,11 +390,30 @@ def test_what_cannot_be_loaded_is_one_line(
 def test_a_server_that_is_not_there_is_one_line(vocabulary: Vocabulary) -> None:
     with pytest.raises(UsageError, match="is no address of a server"):
         VllmServer("ftp://localhost", vocabulary)
+    with pytest.raises(UsageError, match="is no address of a server"):
+        VllmServer("http://localhost:port", vocabulary)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(UnimodalError, match=rf"http://127.0.0.1:{port} does not answer"):
         VllmServer(f"http://127.0.0.1:{port}", vocabulary)
+
+
+@pytest.mark.parametrize("said", ["<html>", '{"data": []}', '{"data": [{"id": "another"}]}', "[]"])
+def test_a_server_of_something_else_is_one_line(vocabulary: Vocabulary, said: str) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(said.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(UnimodalError, match="is no vllm serve: its /v1/models names no model"):
+            VllmServer(f"http://127.0.0.1:{server.server_port}", vocabulary)
 
 
 def test_the_sampler_draws_through_the_backend_that_is_asked_for(

@@ -40,7 +40,7 @@ from torch import Tensor
 from unimodal.model.decoder import Decoder, DecoderConfig, initialise
 from unimodal.model.lora import is_adapted, merged, start_adapters
 from unimodal.model.naming import WEIGHTS, config_record, read_config, read_json, read_weights
-from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError, first_line
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.kinds import mistaken
 from unimodal.pipeline.settings import differences
@@ -189,28 +189,46 @@ class Saver:
                 for stem, named in files.items():
                     plain = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
                     save_file(plain, temporary / f"{stem}.safetensors", {"format": "pt"})
-            elif not self._write_together(temporary, files):
+                self._publish(temporary, final, base, config, record)
                 return
-            if base is not None:
-                _link_or_copy(str(base), str(temporary / base.name))
-            _write_json(temporary / "config.json", config)
-            _write_json(temporary / "train.json", record)
-            for path in temporary.iterdir():
-                _sync(path)
-            if final.exists():  # of an earlier run that was resumed from before this step
-                shutil.rmtree(final)
-            temporary.rename(final)
-            with atomic(self.out / "latest") as file:
-                file.write_text(final.name + "\n")
-            steps = sorted(path for path in self.out.glob("step-*") if STEP.fullmatch(path.name))
-            for old in steps[: -self.keep]:
-                if old != final:
-                    shutil.rmtree(old)
+            import torch.distributed as dist
+
+            first = self._write_together(temporary, files)
+            try:
+                if first:
+                    self._publish(temporary, final, base, config, record)
+            finally:  # nobody ends, and with it all, before `latest` is written
+                dist.barrier(self._group)
         except (OSError, SafetensorError) as error:
             raise UnimodalError(
                 f"step {step} could not be saved in {self.out} ({error}): make room there and run "
                 "the same command again"
             ) from error
+
+    def _publish(
+        self,
+        temporary: Path,
+        final: Path,
+        base: Path | None,
+        config: Mapping[str, Any],
+        record: Mapping[str, Any],
+    ) -> None:
+        """Make a directory of tensors a step, point `latest` at it, and drop old ones."""
+        if base is not None:
+            _link_or_copy(str(base), str(temporary / base.name))
+        _write_json(temporary / "config.json", config)
+        _write_json(temporary / "train.json", record)
+        for path in temporary.iterdir():
+            _sync(path)
+        if final.exists():  # of an earlier run that was resumed from before this step
+            shutil.rmtree(final)
+        temporary.rename(final)
+        with atomic(self.out / "latest") as file:
+            file.write_text(final.name + "\n")
+        steps = sorted(path for path in self.out.glob("step-*") if STEP.fullmatch(path.name))
+        for old in steps[: -self.keep]:
+            if old != final:
+                shutil.rmtree(old)
 
     def _clear(self, temporary: Path) -> None:
         for left in self.out.glob(".step-*.tmp"):  # of a process that was killed
@@ -382,18 +400,21 @@ def keep_inputs(out: Path, shards: Any, resumed: bool = False) -> None:
         if not source.is_dir() or (target.exists() and (resumed or target.samefile(source))):
             continue
         temporary = out / f".{name}.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in out.glob(f".{name}.*.tmp"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         # A hard link where the file system can: the bytes stay when the shards are deleted.
         try:
             shutil.copytree(source, temporary, copy_function=_link_or_copy)
-        except shutil.Error as error:  # of all files, each with its reason in words
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+        except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            # A `shutil.Error` is of all files, each with its reason in words.
+            reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else first_line(error)
             raise UnimodalError(
-                f"{source} could not be copied to {out} ({error.args[0][0][-1]}): make room there "
+                f"{source} could not be copied to {out} ({reason}): make room there "
                 "and run the same command again"
             ) from error
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
 
 
 def _link_or_copy(source: str, target: str) -> None:

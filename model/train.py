@@ -393,8 +393,14 @@ class _Run:
             for split in ("train", "val"):
                 rows = [row for row in samples.rows[split].tolist() if samples.captions(row)][:4]
                 prompts += [samples.caption(row, 0) for row in rows]
+        if not prompts:
+            return
         sampler = Sampler.for_checkpoint(self.out, decoder)
-        pictures = sampler.images(prompts, seed=self.settings.seed)
+        try:
+            pictures = sampler.images(prompts, seed=self.settings.seed)
+        except UnimodalError as error:  # shards of clips alone, a caption that leaves no room
+            self.progress.note(f"no samples at step {self.clock.step}: {error}")
+            return
         sheet = contact_sheet([row[0] for row in pictures])
         path = self.out / "samples" / f"step-{self.clock.step:08d}.png"
         path.parent.mkdir(exist_ok=True)

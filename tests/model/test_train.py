@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from unimodal.tokenize.vision.movq import MoVQ, MoVQConfig
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
 from unimodal.tokenize.vocabulary import Vocabulary
 
+MakeShards = Callable[..., Shards]
 MakeSettings = Callable[..., TrainSettings]
 
 
@@ -248,6 +250,35 @@ def test_a_start_that_never_saved_leaves_no_vocabulary_to_the_next(
     assert not (out / "vocabulary" / "stale").exists()
     with pytest.raises(UsageError, match=r"directory of shards, no checkpoint.*choose another"):
         train([tiny_shards.path], other.path, tiny_settings("steps=1"))
+
+
+def test_where_no_sample_can_be_drawn_training_says_so_and_goes_on(
+    tmp_path: Path, tiny_shards: Shards, tiny_settings: MakeSettings, make_shards: MakeShards
+) -> None:
+    class Noted(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    notes: list[str] = []
+    clips = make_shards(tmp_path / "clips", [np.zeros((2, 2, 3), int)] * 4, [["a"]] * 4)
+    settings = tiny_settings("steps=1", "log.sample_every=1")
+    out = train([clips.path], tmp_path / "ckpt", settings, progress=Noted())
+    assert latest_step(out) and not (out / "samples").exists()
+    assert any(n.startswith("no samples at step 1: ") and "any image" in n for n in notes)
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_one_line(
+    tmp_path: Path, tiny_shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".vocabulary.1.tmp").mkdir()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(UnimodalError, match=r"could not be copied .*No space left.*make room"):
+        keep_inputs(tmp_path, tiny_shards)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_folder_of_something_else_is_left_alone(

@@ -188,7 +188,7 @@ def _other(samples: Samples, document: Document, settings: DataSettings, views: 
     whole, weighed = written
     if len(whole) != document.total + 1:
         raise _unequal(samples, document, len(whole))
-    if document.length < document.total:
+    if document.length < document.total and row not in recent:
         while recent and sum(len(one) for one, _ in recent.values()) + len(whole) > RECENT:
             del recent[next(iter(recent))]
         recent[row] = written

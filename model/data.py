@@ -363,7 +363,7 @@ def validation(samples: Samples, settings: DataSettings, limit: int) -> list[Bat
     lengths = samples.length(rows, captions)
     on = _fits(samples, rows, lengths, settings.context)
     chosen = _packed(samples, settings, rows[on], describes[on], captions[on], lengths[on])
-    # Every target counts here, also of pictures that training takes as context only.
+    # Codes of described pictures count here also where training takes them as context only.
     plain = {"described_vision_weight": settings.vision_weight or 1.0, "caption_weight": 1.0}
     return [collate(samples, one, settings.model_copy(update=plain)) for one in chosen]
 

@@ -73,6 +73,12 @@ def check_guidance(scale: float, name: str = "guidance") -> None:
         raise UsageError(f"{name} {scale} must be positive (1 is none)")
 
 
+def check_count(count: int, name: str) -> None:
+    """Raise `UsageError` for less than one of anything."""
+    if count < 1:
+        raise UsageError(f"{name} {count} must be at least 1")
+
+
 def scales_of(how: How, own: SamplingSettings, count: int) -> list[float]:
     """The guidance of each of `count` prompts."""
     found = each(first(how.get("guidance"), own.guidance), count, "guidance")

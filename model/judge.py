@@ -20,7 +20,7 @@ from torch import nn
 
 from unimodal.model.captioner import media
 from unimodal.model.sample import Sampler
-from unimodal.pipeline.captioning.answers import OK
+from unimodal.pipeline.captioning.answers import usable
 from unimodal.pipeline.captioning.scores import (
     SPOKEN,
     Pair,
@@ -56,8 +56,8 @@ def people(captions: Sequence[Mapping[str, Any]] | None) -> list[str]:
     return [
         one["text"]
         for one in captions or ()
-        if one["text"] and one["style"] != SPOKEN and not one.get("model")
-        if one.get("status") in (None, "", OK)
+        if one["style"] != SPOKEN and not one.get("model")
+        if usable(one)
     ]
 
 

@@ -309,6 +309,7 @@ def _candidates(
         except (OSError, pa.ArrowException) as error:
             reason = first_line(error)
             raise UnimodalError(f"{file} cannot be read ({reason}): remove it") from error
+        table = table.slice(0, n * len(prompts))  # a sampler of larger batches drew more
     if drawing := table is None or table.num_rows < n * len(prompts):  # the list was shorter
         choice = Choice(*(about[name] for name in ("temperature", "top_k", "top_p", "plausible")))
         drawn = sampler.codes(
@@ -341,11 +342,11 @@ def _candidates(
 
 def _same(out: Path, about: dict[str, Any], prompts: Sequence[str]) -> None:
     """Refuse a directory with candidates of another kind; more prompts at the end are welcome."""
-    file, lines = out / "prompts.txt", list(prompts)
+    file, lines = out / "prompts.txt", "\n".join(prompts).split("\n")
     if (out / "prefer.json").is_file():
         was = read_json(out / "prefer.json")
         changed = [f"{k} was {was.get(k)}, now {v}" for k, v in about.items() if was.get(k) != v]
-        before = file.read_text().splitlines() if file.is_file() else []
+        before = file.read_text()[:-1].split("\n") if file.is_file() else []
         if lines[: len(before)] != before:
             changed.append("its prompts are others")
         if changed:

@@ -31,6 +31,7 @@ from unimodal.model.grammar import BlockGrammar, DocumentGrammar, Grammar, size_
 from unimodal.model.how import (
     How,
     Words,
+    check_count,
     check_guidance,
     codes_choice,
     each,
@@ -298,6 +299,7 @@ class Sampler:
         and again until `frames` more are drawn: so there is no end that the context sets. `prompts`
         say what the clips show.
         """
+        check_count(n, "n")
         window, _, _ = self.canvas.grid(None, "video")
         latent, keep = latent_frames(frames), max(1, window // 2)
         if overlap is not None:
@@ -361,6 +363,7 @@ class Sampler:
             raise UsageError(
                 "an edit is led away from the picture without the instruction: it takes no negative"
             )
+        check_count(n, "n")
         if len(images) != len(instructions):
             raise UsageError(f"{len(images)} pictures have {len(instructions)} instructions")
         towards = self.defaults.image_guidance if image_guidance is None else image_guidance
@@ -509,7 +512,9 @@ class Sampler:
                 "a document is led away from its pictures without the words: it takes no negative"
             )
         bos, context = self.vocabulary.bos, self.decoder.config.context
-        (scale,) = scales_of(how, self.defaults, 1)
+        if max_tokens is not None:
+            check_count(max_tokens, "max-tokens")
+        scales = scales_of(how, self.defaults, len(documents))
         grid = None if size == "free" else self.canvas.picture(size)
         drafts = []
         for place, document in enumerate(documents):
@@ -525,7 +530,7 @@ class Sampler:
                     f"holds {context}: shorten it"
                 )
             room = room if max_tokens is None else min(room, max_tokens)
-            rows = [full]
+            rows, scale = [full], scales[place]
             if scale != 1:
                 rows.append([bos, *self._ids([s for s in segments if isinstance(s, Image)])])
             grammar = DocumentGrammar(self.vocabulary, room, images=images, size=grid)
@@ -552,8 +557,7 @@ class Sampler:
         """The text that is written behind each context of ids; `what` an error calls one."""
         choice = words_choice(how, self.defaults)
         max_tokens = first(max_tokens, self.defaults.max_tokens)
-        if max_tokens < 1:
-            raise UsageError(f"max-tokens {max_tokens} must be at least 1")
+        check_count(max_tokens, "max-tokens")
         held, drafts = self.decoder.config.context, []
         for number, ids in enumerate(contexts):
             if len(ids) >= held:
@@ -609,8 +613,7 @@ class Sampler:
         keys: Sequence[tuple[int, ...]] | None = None,
     ) -> list[Draft]:
         """`n` drafts for each prompt, a vision block behind it."""
-        if n < 1:
-            raise UsageError(f"n {n} must be at least 1")
+        check_count(n, "n")
         keys = keys or [(prompt, copy) for prompt in range(len(prompts)) for copy in range(n)]
         scales = scales_of(how, self.defaults, len(prompts))
         away = each(how.get("negative"), len(prompts), "negative")

@@ -100,7 +100,7 @@ class Samples:
         """Rows of each split."""
 
         self.recent: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        """Long texts that were written last: see `data.collate`."""
+        """Long texts that were written last: see `batch`."""
         vocabulary = self.vocabulary
         self._classes = np.zeros(vocabulary.size, np.int8)
         self._classes[vocabulary.vision_start :][: vocabulary.codebook_size] = 1

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from unimodal.pipeline.captioning.answers import usable
 from unimodal.pipeline.clips import SPAN
 from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError, full_disk
 from unimodal.pipeline.kinds import mistaken
@@ -423,7 +424,7 @@ def captions_of(
     """
     chosen: dict[Any, tuple[float, dict[str, Any]]] = {}
     for number, caption in enumerate(captions or []):
-        if not caption["text"] or caption.get("status") not in (None, "", "ok"):
+        if not usable(caption):
             continue
         kept = {name: caption.get(name) for name in ("style", "lang", "text")}
         since, until = caption.get("start_s"), caption.get("end_s")

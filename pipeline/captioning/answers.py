@@ -10,8 +10,9 @@ import json
 import re
 import tomllib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from unimodal.pipeline.captioning.captioner import Answer
 from unimodal.pipeline.captioning.prompt import HERE, Prompt, Style
@@ -24,6 +25,11 @@ REPEATS, LANGUAGE, SHORT, LONG = "repeats itself", "wrong language", "too short"
 
 LARGEST = 100_000
 """Characters of an answer that are looked at; what is longer is no caption."""
+
+
+def usable(caption: Mapping[str, Any]) -> bool:
+    """Whether a caption of a clip has a text, and none that was found wanting."""
+    return bool(caption["text"]) and caption.get("status") in (None, "", OK)
 
 
 def read_answer(answer: Answer, prompt: Prompt, kind: str, form: str) -> dict[str, tuple[str, str]]:

@@ -136,6 +136,29 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_triplets(
     assert longer.slice(0, 5).equals(whole)
 
 
+def test_a_sampler_of_smaller_batches_goes_on(
+    tmp_path: Path, make: Make, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pq.read_table(make(tmp_path).path)
+    monkeypatch.setattr(sampler, "batch", 4)
+
+    def dark(prompts: Sequence[str], pictures: Sequence[np.ndarray]) -> list[float]:
+        assert len(prompts) == len(pictures)
+        return [-one for one in brightness(prompts, pictures)]
+
+    # What is drawn is kept for a scorer that comes later.
+    again = pq.read_table(make(tmp_path, scorers={"dark": dark}).path)
+    kept = ("prompt", "chosen_ids", "rejected_ids")
+    chosen, rejected = (made.column(name).to_pylist() for name in kept[1:])
+    assert [again.column(name).to_pylist() for name in kept] == [PROMPTS, rejected, chosen]
+
+
+def test_prompts_may_have_line_ends(tmp_path: Path, make: Make) -> None:
+    odd = ["one\ntwo", "three\u2028four"]
+    whole = pq.read_table(make(tmp_path, odd).path)
+    assert pq.read_table(make(tmp_path, odd).path).equals(whole)
+
+
 def test_another_run_is_not_gone_on_with(tmp_path: Path, make: Make) -> None:
     make(tmp_path)
     with pytest.raises(UnimodalError, match=r"seed was 0, now 1\): choose another -o"):

@@ -508,6 +508,17 @@ def test_texts_and_pictures_come_back_in_their_order(
     assert len(pictures) == 2 and all(one.shape == (16, 24, 3) for one in pictures)
     (plain,) = sampler.interleave([["a", codes]], images=0, max_tokens=9, text=words)
     assert all(isinstance(one, str) for one in plain)
+    # Each document may have a guidance of its own, and the others do not change with it.
+    two = sampler.interleave(
+        [["a", codes, "b"], ["a", codes]],
+        images=2,
+        max_tokens=60,
+        size=(16, 24),
+        text=words,
+        seed=1,
+        guidance=[sampler.defaults.guidance, 1.0],
+    )
+    assert [one for one in two[0] if isinstance(one, str)] == [r for r in reply if type(r) is str]
 
 
 def test_a_misspelt_keyword_is_an_error(sampler: Sampler) -> None:
@@ -541,6 +552,10 @@ def test_a_misspelt_keyword_is_an_error(sampler: Sampler) -> None:
         ),
         (lambda s: s.edit([np.ones((4, 5), int)], ["a"], negative="x"), "an edit .* no negative"),
         (lambda s: s.edit([np.ones((4, 5), int)], ["a"], negative=["x"]), "an edit .* no negative"),
+        (lambda s: s.edit([np.ones((4, 5), int)], ["a"], n=0), "n 0 must be at least 1"),
+        (lambda s: s.extend([np.ones((2, 4, 4), int)], 8, n=0), "n 0 must be at least 1"),
+        (lambda s: s.interleave([["a"]], max_tokens=-5), "max-tokens -5 must be at least 1"),
+        (lambda s: s.interleave([["a"]], guidance=[1.0, 2.0]), "2 values of guidance for 1 pro"),
         (lambda s: s.interleave([["a"]], negative="x"), "a document is led .* takes no negative"),
         (lambda s: s.extend([np.full((2, 4, 4), 64)], 8), "code 64 is outside the codebook of 64"),
         (lambda s: s.extend([np.full((2, 4, 4), -1)], 8), "code -1 is outside the codebook of 64"),

@@ -179,7 +179,7 @@ def draw(title: str, rows: Sequence[tuple[str, Any]], to: TextIO) -> None:
         drawn.add_row(Text(shown(name)), Text(shown(_number(value))))
     console = Console(file=to)
     # Not as the table's own title, which a narrow table breaks in the middle of a path.
-    console.print(Text(title, style="table.title"), soft_wrap=True)
+    console.print(Text(shown(title), style="table.title"), soft_wrap=True)
     console.print(drawn)
 
 

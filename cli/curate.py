@@ -24,7 +24,7 @@ def curate(
     preset: options.Preset = "best",
     sets: options.Sets = None,
     captions: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--captions", help="Table (csv, jsonl, parquet) of path and caption."),
     ] = None,
     engine: options.On = Engine.auto,
@@ -86,9 +86,8 @@ def curate(
 
 def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
     """Print a run's totals and warnings for people, its path for programs."""
-    import pyarrow.compute as pc
-
     from unimodal.cli import console
+    from unimodal.pipeline.captioning.answers import captioned
     from unimodal.pipeline.errors import UnimodalError
     from unimodal.pipeline.judged import advice, judge
 
@@ -112,8 +111,8 @@ def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
         (f"  by {one.named}", f"{one.dropped:,}  {one.fails}") for one in dropping
     ]
     rows.insert(0, ("dropped", totals["dropped"]))
-    said = pc.list_value_length(made.clips.column("captions"))
-    rows.append(("with a caption", pc.sum(pc.greater(said, 0)).as_py() or 0))
+    said = captioned(made.clips.column("captions").combine_chunks())
+    rows.append(("with a caption", int(said.sum())))
     rows.append(("quarantined", totals["quarantined"]))
     described = made.info.get("captions") or {}
     if described:

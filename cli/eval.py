@@ -145,7 +145,7 @@ def generation(
     classifier for each class; how often that is right on pictures kept back stands beside.
     """
     from unimodal.cli import console
-    from unimodal.cli.prompts import requests
+    from unimodal.cli.prompts import alone, requests
     from unimodal.model.judge import clip_scores, prompted, real_pictures
     from unimodal.model.sample import Sampler
     from unimodal.pipeline.captioning.scores import load_words
@@ -164,6 +164,12 @@ def generation(
     if wrong or bad:
         first = f"{bad[0].where}: {bad[0].reason}" if bad else f"{wrong[0]}: asks for no picture"
         raise UsageError(first)
+    for one in items:
+        if own := alone(one.request, number, guidance):
+            raise UsageError(
+                f"{one.where}: eval draws all prompts alike: leave out {', '.join(own)}"
+                " (there are -n, --guidance and --seed)"
+            )
     classes, where = load_words(words) if words else {}, usable(device)
     progress = console.progress(quiet)
     clipped = None

@@ -64,7 +64,9 @@ def _told(done: Exported, json: bool, quiet: bool) -> None:
     from unimodal.pipeline.errors import UnimodalError
 
     if done.failed and not done.written and not done.kept:
-        raise UnimodalError(f"none of {len(done.failed)} clips could be written; see above")
+        raise UnimodalError(
+            f"none of {len(done.failed)} clips could be written: see {done.out / 'failed.jsonl'}"
+        )
     record = {"written": done.written, "kept": done.kept, "failed": len(done.failed)}
     console.table(f"files in {done.out}", list(record.items()), quiet)
     console.result(done.out, record, json)

@@ -24,7 +24,7 @@ import numpy as np
 
 from unimodal.cli.outputs import PARTIAL
 from unimodal.model.grammar import BlockGrammar
-from unimodal.pipeline.errors import shown
+from unimodal.pipeline.errors import harmless, shown
 
 if TYPE_CHECKING:
     from unimodal.model.generate import Backend, Draft, Drawing, Watch
@@ -349,12 +349,15 @@ class Show:
             text = self.vocabulary.text.decode([one for one in ids if one != self.vocabulary.eos])
             text = text.rstrip("\ufffd")  # half of a character
             if number not in self.told and self.heads:
-                self.words.write(self.heads[number])
+                self.words.write(self._spoken(self.heads[number]))
             before = self.told.setdefault(number, "")
             if text.startswith(before):
-                self.words.write(text[len(before) :])
+                self.words.write(self._spoken(text[len(before) :]))
                 self.words.flush()
                 self.told[number] = text
+
+    def _spoken(self, text: str) -> str:
+        return harmless(text, "\n\t") if self.words.isatty() else text
 
     def _preview(self) -> None:
         if self.spent and self.spent + self.last > SHARE * self.meter.elapsed:

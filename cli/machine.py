@@ -114,7 +114,7 @@ def _torch_facts(torch: Any) -> dict[str, Any]:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
     if getattr(torch.version, "hip", None):
         build = f"ROCm {torch.version.hip}"
-    return {"build": build, "gpus": gpus, "why": why, "threads": torch.get_num_threads()}
+    return {"build": build, "gpus": gpus, "why": why}
 
 
 def _av_facts(av: Any) -> dict[str, Any]:

@@ -325,6 +325,13 @@ def settings_of(asked: Request) -> set[str]:
     return {name for name in SETTINGS if getattr(asked, name) != Request.model_fields[name].default}
 
 
+def alone(asked: Request, n: int, guidance: float | None) -> list[str]:
+    """Settings of a request that are its own, where all are to have these."""
+    common = {"n": n, "guidance": guidance}
+    own = settings_of(asked) - common.keys()
+    return sorted(own | {name for name, value in common.items() if getattr(asked, name) != value})
+
+
 def _check_use(asked: Request) -> None:
     """Nothing is passed over in silence: what would change nothing is refused."""
     direction = asked.direction

@@ -168,7 +168,7 @@ def sample(
     from unimodal.cli.prompts import requests
     from unimodal.model.checkpoint import find
     from unimodal.model.sample import Sampler, check_backend, is_address
-    from unimodal.pipeline.errors import UnimodalError, UsageError, shown
+    from unimodal.pipeline.errors import UnimodalError, UsageError, harmless, shown
     from unimodal.tokenize.device import usable
 
     flags = {
@@ -203,7 +203,8 @@ def sample(
             if json:
                 print(jsonlib.dumps({**path, **record}), flush=True)
             elif "text" in record:
-                print("" if made and voice is sys.stdout else record["text"], flush=True)
+                text = harmless(record["text"], "\n\t") if sys.stdout.isatty() else record["text"]
+                print("" if made and voice is sys.stdout else text, flush=True)
             else:
                 print(path["path"], flush=True)
 

@@ -207,7 +207,7 @@ def caption(
     ] = None,
     sets: options.Sets = None,
     captions: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--captions", help="Table with the columns path and caption (filter only)."),
     ] = None,
     retry: Annotated[

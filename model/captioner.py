@@ -14,7 +14,7 @@ import numpy as np
 from unimodal.model.checkpoint import find
 from unimodal.model.sample import Sampler
 from unimodal.model.vllm import VllmBackend
-from unimodal.pipeline.captioning.captioner import Answer, Ask, Batched, Failure
+from unimodal.pipeline.captioning.captioner import REFUSED, Answer, Ask, Batched, Failure
 from unimodal.pipeline.captioning.settings import CaptionSettings
 from unimodal.pipeline.errors import MediaError, UnimodalError, UsageError
 from unimodal.pipeline.observers.keyframes import even
@@ -53,12 +53,12 @@ class CheckpointDescriber:
             try:
                 ids = self.sampler.described(media(frames, self.sampler.canvas.seen))
             except (UsageError, MediaError, ValueError) as error:
-                found[key] = Failure("request refused", str(error))
+                found[key] = Failure(REFUSED, str(error))
                 continue
             if len(ids) >= held:
                 why = f"{len(ids)} tokens of pictures, the checkpoint's context holds {held}"
                 why += ": lower caption.frames" if len(frames) > 1 else ""
-                found[key] = Failure("request refused", why)
+                found[key] = Failure(REFUSED, why)
             else:
                 contexts[key] = ids
         # Later tries are warmer: a temperature is one call's.

@@ -20,7 +20,9 @@ one with times goes to the clips that hold more than half of it, with times from
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +37,7 @@ from unimodal.pipeline import fetch, remote, tables, tars
 from unimodal.pipeline.clips import CAPTION, CLIPS, read_parquet, table, write_parquet
 from unimodal.pipeline.errors import MediaError
 
-VERSION = 1
+VERSION = 2
 LARGEST = tars.LARGEST_TEXT  # bytes of a sidecar
 
 NOT_META = frozenset({"caption", "text", "captions", "style", "lang", "start_s", "end_s"})
@@ -255,8 +257,7 @@ def _from_json(value: Any) -> list[Caption]:
     for key in ("caption", "text", "captions"):
         inner = value.get(key)
         if isinstance(inner, str) and inner.strip():
-            times = [value.get("start_s"), value.get("end_s")]
-            start, end = (float(t) if isinstance(t, int | float) else None for t in times)
+            start, end = _seconds(value.get("start_s")), _seconds(value.get("end_s"))
             style, lang = value.get("style"), value.get("lang")
             found.append(
                 Caption(
@@ -272,6 +273,15 @@ def _from_json(value: Any) -> list[Caption]:
     return found
 
 
+def _seconds(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number of some hundred digits
+        return None
+
+
 _TIME = re.compile(r"(?:(\d+):)?(\d\d):(\d\d)[.,](\d\d\d)")
 
 
@@ -285,7 +295,7 @@ def _from_vtt(text: str) -> list[Caption]:
         if at is None:
             continue  # the header, a note, a style sheet
         times = _TIME.findall(lines[at])
-        words = re.sub(r"<[^<>]*>", "", " ".join(lines[at + 1 :])).strip()
+        words = html.unescape(re.sub(r"<[^<>]*>", "", " ".join(lines[at + 1 :]))).strip()
         if len(times) == 2 and words:
             start, end = (
                 int(h or 0) * 3600 + int(m) * 60 + int(s) + int(ms) / 1000 for h, m, s, ms in times

@@ -75,9 +75,20 @@ def shown(text: object) -> str:
     line = " ".join(str(text)[: MOST_SHOWN + 1].split("\n")).strip()
     if len(line) > MOST_SHOWN:
         line = f"{line[:MOST_SHOWN]}…"
-    return "".join(c if _seen(c) else ascii(c)[1:-1] for c in line)
+    return harmless(line)
 
 
-def _seen(c: str) -> bool:
+def harmless(text: str, keep: str = "") -> str:
+    """Text whose control characters are spelled out (\\x1b), all but those of `keep`."""
+    return "".join(c if printed(c) or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def printed(c: str) -> bool:
+    """Whether a character is seen, or shapes those beside it: not control, direction or private."""
     # Cc, Cf, Co, Cs, Cn; the joiners are letters' business in some scripts.
     return unicodedata.category(c)[0] != "C" or c in "\u200c\u200d"
+
+
+def on_one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, on one line of at most so many characters; its name if it is mute."""
+    return " ".join((str(error) or type(error).__name__).split())[:most]

@@ -14,8 +14,13 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from unimodal.pipeline.captioning.captioner import Answer
 from unimodal.pipeline.captioning.prompt import HERE, Prompt, Style
+from unimodal.pipeline.errors import printed
 from unimodal.pipeline.tables import clean
 
 OK = "ok"
@@ -30,6 +35,16 @@ LARGEST = 100_000
 def usable(caption: Mapping[str, Any]) -> bool:
     """Whether a caption of a clip has a text, and none that was found wanting."""
     return bool(caption["text"]) and caption.get("status") in (None, "", OK)
+
+
+def captioned(captions: pa.ListArray) -> np.ndarray:
+    """bool [N]: which of N clips have a caption. Where a model failed is a row without a text."""
+    written = pc.greater(
+        pc.fill_null(pc.utf8_length(pc.list_flatten(captions).field("text")), 0), 0
+    )
+    has = np.zeros(len(captions), bool)
+    has[pc.list_parent_indices(captions).filter(written).to_numpy()] = True
+    return has
 
 
 def read_answer(answer: Answer, prompt: Prompt, kind: str, form: str) -> dict[str, tuple[str, str]]:
@@ -84,9 +99,10 @@ def checked(text: str, style: Style, language: str) -> tuple[str, str]:
 def tidy(text: str) -> str:
     """NFC, single spaces, and no characters that control or cannot be shown."""
     text = unicodedata.normalize("NFC", clean(text))
-    kept = (" " if c.isspace() else c for c in text if c.isspace() or _printed(c))
+    kept = (" " if c.isspace() else c for c in text if c.isspace() or printed(c))
     text = re.sub(r" {2,}", " ", "".join(kept)).strip()
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'`":
+    inner = re.sub(r"\b'\b", "", text[1:-1])  # apostrophes are no quotes
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'`" and text[0] not in inner:
         text = text[1:-1].strip()
     return text
 
@@ -178,11 +194,6 @@ def _object(text: str) -> dict[str, object] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _printed(c: str) -> bool:
-    # Cc, Cf (but joiners, which some scripts need), Co, Cs, Cn: control, direction, private use.
-    return unicodedata.category(c)[0] != "C" or c in "\u200c\u200d"
 
 
 def _spaced(text: str) -> str:

@@ -13,6 +13,9 @@ import numpy as np
 
 from unimodal.pipeline.errors import UnimodalError
 
+NO_FRAMES, REFUSED = "no frames", "request refused"
+"""What may become of a question before a model says anything; sources add theirs."""
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -102,7 +105,7 @@ class Batched:
             try:
                 clips[key] = pixels(ask)
             except UnimodalError as error:
-                found[key] = Failure("no frames", str(error))
+                found[key] = Failure(NO_FRAMES, str(error))
         found |= self._describer.describe(clips, asks) if clips else {}
         lost = Failure("no answer", "the model gave none for this clip")
         return [(key, found.get(key, lost)) for key in asks]

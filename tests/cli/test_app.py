@@ -11,6 +11,7 @@ import pytest
 
 from unimodal.cli import console
 from unimodal.cli.app import main
+from unimodal.pipeline.errors import UsageError
 
 HEAVY = ["torch", "numpy", "pydantic", "webdataset", "pyarrow", "ray", "av", "cv2", "PIL"]
 
@@ -109,6 +110,27 @@ def test_a_title_longer_than_its_table_is_one_line(capsys: pytest.CaptureFixture
     console.table("clips in " + "a_long_folder/" * 12, [("kept", 5)], quiet=False)
     lines = [line.rstrip() for line in capsys.readouterr().err.splitlines()]
     assert lines == ["clips in " + "a_long_folder/" * 12, "kept  5"]
+
+
+def test_a_title_with_control_characters_is_harmless(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table("clips in \x1b]0;title\x07\x1b[2J.png", [("kept", 5)], quiet=False)
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out + told.err and "\\x1b[2J.png" in told.out + told.err
+
+
+def test_captions_may_lie_in_a_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[object] = []
+
+    def curate(*_: object, **named: object) -> None:
+        given.append(named["captions"])
+        raise UsageError("enough")
+
+    monkeypatch.setattr("unimodal.pipeline.run.curate", curate)
+    line = ["curate", str(tmp_path), "-o", str(tmp_path / "run"), "--captions", "s3://b/c.csv"]
+    monkeypatch.setattr(sys, "argv", ["unimodal", *line])
+    with pytest.raises(SystemExit):
+        main()
+    assert given == ["s3://b/c.csv"]
 
 
 def test_what_would_steer_a_terminal_is_spelled_out_and_long_values_are_cut() -> None:

@@ -23,7 +23,6 @@ TORCH = """
 __version__ = "2.13.0+cpu"
 from types import SimpleNamespace as N
 version, cuda = N(cuda=None), N(device_count=lambda: 0, init=lambda: None)
-get_num_threads = lambda: 1
 """
 NMS = 'raise RuntimeError("operator torchvision::nms does not exist")'
 

@@ -222,6 +222,19 @@ def test_a_classifier_counts_the_words_that_drawings_show(coloured: Any) -> None
         judge.prompted(prompts, drawn, coloured[:4], WORDS, 0)
 
 
+@pytest.mark.parametrize(
+    ("own", "named"), [({"seed": 7}, "seed"), ({"n": 3}, "n"), ({"negative": "x"}, "negative")]
+)
+def test_what_one_prompt_asks_for_itself_is_refused(
+    call: Call, drawer: Path, tmp_path: Path, own: dict[str, Any], named: str
+) -> None:
+    line = json.dumps({"prompt": "a red wall"} | own)
+    (tmp_path / "prompts.jsonl").write_text(line + "\n")
+    code, _, err = call("generation", drawer, tmp_path / "prompts.jsonl", "-o", tmp_path / "o")
+    assert code == 2 and f"draws all prompts alike: leave out {named} (" in err
+    assert not (tmp_path / "o").exists()
+
+
 def test_drawings_are_scored_by_clip_and_by_words(
     call: Call,
     run_dir: Path,

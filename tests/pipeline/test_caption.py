@@ -57,6 +57,10 @@ def test_every_shape_of_json_is_read(tmp_path: Path) -> None:
         path.write_text(json.dumps(value))
         texts = [caption.text for caption in read_sidecar(path)]
         assert texts == (expected if expected is not None else ["one", "two", "three"])
+    path.write_text(json.dumps({"text": "one", "start_s": 10**400, "end_s": float("nan")}))
+    assert read_sidecar(path) == [Caption("one")]
+    path.write_text(json.dumps({"text": "one", "start_s": True, "end_s": 2}))
+    assert read_sidecar(path) == [Caption("one", end_s=2.0)]
     path.write_text('{"caption": ')
     with pytest.raises(ValueError):
         read_sidecar(path)
@@ -88,6 +92,12 @@ def test_cues_go_to_the_clip_that_holds_most_of_them(tmp_path: Path) -> None:
     (both,) = for_clip(cues, 0.0, 10.0)
     assert both["text"] == "hello there a second line"
     assert both["end_s"] == 6.0
+
+
+def test_cues_may_hold_what_the_format_escapes(tmp_path: Path) -> None:
+    path = tmp_path / "a.vtt"
+    path.write_text("WEBVTT\n\n00:00.000 --> 00:01.000\n<v Ann>Tom &amp; Jerry &lt;3</v>\n")
+    assert [cue.text for cue in read_sidecar(path)] == ["Tom & Jerry <3"]
 
 
 def test_the_first_of_equal_captions_stays() -> None:

@@ -400,3 +400,16 @@ def test_an_engine_that_does_not_start_names_what_to_set(said: str, names: str) 
     settings = CaptionSettings(source="vllm", model="a/model", max_model_len=4096)
     told = str(_trouble(RuntimeError("Engine core initialization failed."), said, settings))
     assert names in told and told.startswith("a/model: ") and "\n" not in told
+
+
+def test_quotes_around_a_text_go_and_those_in_it_stay() -> None:
+    assert tidy('"a dog"') == "a dog"
+    assert tidy("'a dog's bone'") == "a dog's bone"
+    for text in ('"Stop" stands on the sign beside "Go"', "'Stop' beside 'Go'"):
+        assert tidy(text) == text
+
+
+@pytest.mark.parametrize("url", ["http://h:99999/v1", "http://h:abc/v1", "ftp://h/v1", "h/v1"])
+def test_an_address_that_is_none_is_refused_before_anything_is_asked(url: str) -> None:
+    with pytest.raises(ValueError, match="write it as http://host:port/v1"):
+        CaptionSettings(source="endpoint", model="m", url=url)

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from unimodal.pipeline.errors import UnimodalError, first_line, telling_full_disk
+from unimodal.pipeline.errors import (
+    UnimodalError,
+    first_line,
+    harmless,
+    on_one_line,
+    telling_full_disk,
+)
 
 
 def test_an_error_without_words_is_told_by_its_kind() -> None:
@@ -24,3 +30,10 @@ def test_a_full_disk_is_one_line_with_the_remedy_and_other_trouble_stays_what_it
         raise OSError(errno.ENOSPC, "no space")
     with pytest.raises(FileNotFoundError), telling_full_disk(tmp_path):
         (tmp_path / "none").read_text()
+
+
+def test_what_would_steer_a_terminal_is_spelled_out() -> None:
+    assert harmless("a\x1b[2J\n\tb\u202e", "\n\t") == "a\\x1b[2J\n\tb\\u202e"
+    assert harmless("क्‍ष") == "क्‍ष"  # joiners belong to letters
+    assert on_one_line(ValueError("a\n  b " + "c" * 400)) == "a b " + "c" * 296
+    assert on_one_line(ValueError()) == "ValueError"

@@ -25,7 +25,9 @@ def curate(
     sets: options.Sets = None,
     captions: Annotated[
         str | None,
-        typer.Option("--captions", help="Table (csv, jsonl, parquet) of path and caption."),
+        typer.Option(
+            "--captions", metavar="TABLE", help="Table (csv, jsonl, parquet) of path and caption."
+        ),
     ] = None,
     engine: options.On = Engine.auto,
     address: options.Address = None,

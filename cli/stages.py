@@ -208,7 +208,11 @@ def caption(
     sets: options.Sets = None,
     captions: Annotated[
         str | None,
-        typer.Option("--captions", help="Table with the columns path and caption (filter only)."),
+        typer.Option(
+            "--captions",
+            metavar="TABLE",
+            help="Table with the columns path and caption (filter only).",
+        ),
     ] = None,
     retry: Annotated[
         bool, typer.Option("--retry-failed", help="Ask again for what failed, and only that too.")

@@ -23,16 +23,17 @@ from unimodal.pipeline.stages import part_stages
 PROBED = 32
 """Sources whose headers are read."""
 
-# CPU seconds of one core, as benchmarks/curation.py measured them.
-DECODE_S = 0.04  # per second of 1280x720 at 24 frames a second, in proportion to pixels
-SAMPLED_S = {"watch": 0.01, "text": 0.025, "quality": 0.005, "embed": 0.7, "nsfw": 0.03}
+# CPU seconds of one core of an AMD EPYC, as docs/measured has them: of older machines half as fast,
+# twice as many.
+DECODE_S = 0.028  # per second of 1280x720 at 24 frames a second, in proportion to pixels
+SAMPLED_S = {"watch": 0.012, "text": 0.016, "quality": 0.005, "embed": 0.7, "nsfw": 0.03}
 """Per sampled picture, though scorers see only 3 of a clip's (embed: ViT-L/14 on a processor)."""
 
-TEXT_S = 0.079
+TEXT_S = 0.041
 """Per image: of a video's samples many are known to have no text and not looked at."""
-PICTURE_S = 0.001
+PICTURE_S = 0.00053
 """Per picture and stage, however small (benchmarks/growth.py --plan)."""
-START_S = 3.0
+START_S = 1.0
 """A process that loads its libraries."""
 
 SAMPLE_BYTES = 60_000

@@ -113,7 +113,7 @@ def tell_result(made: Run, as_json: bool, quiet: bool) -> None:
         (f"  by {one.named}", f"{one.dropped:,}  {one.fails}") for one in dropping
     ]
     rows.insert(0, ("dropped", totals["dropped"]))
-    said = captioned(made.clips.column("captions").combine_chunks())
+    said = captioned(made.clips.column("captions"))
     rows.append(("with a caption", int(said.sum())))
     rows.append(("quarantined", totals["quarantined"]))
     described = made.info.get("captions") or {}

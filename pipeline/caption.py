@@ -37,7 +37,7 @@ from unimodal.pipeline import fetch, remote, tables, tars
 from unimodal.pipeline.clips import CAPTION, CLIPS, read_parquet, table, write_parquet
 from unimodal.pipeline.errors import MediaError
 
-VERSION = 2
+VERSION = 3
 LARGEST = tars.LARGEST_TEXT  # bytes of a sidecar
 
 NOT_META = frozenset({"caption", "text", "captions", "style", "lang", "start_s", "end_s"})

@@ -155,6 +155,9 @@ The list of stored pictures stays with the part: it is longer than all the rest 
 million clips are decided anew in seconds without it.
 """
 
+BATCH = 1 << 16
+"""Rows that are read or made at a time, where all might be too many for one array."""
+
 QUARANTINE = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
@@ -187,12 +190,22 @@ def table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
 
 
-def write_parquet(rows: pa.Table, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a table so that it appears whole or not at all; equal tables give equal bytes."""
+def write_parquet(
+    rows: pa.Table,
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    group: int | None = None,
+) -> None:
+    """Write a table so that it appears whole or not at all; equal tables give equal bytes.
+
+    `group` rows can be read without the others; by default, so many as Parquet's writer takes.
+    """
     if metadata:
         rows = rows.replace_schema_metadata(dict(metadata))
     with atomic(path) as temporary:
-        pq.write_table(rows, temporary, compression="zstd", use_dictionary=True)
+        pq.write_table(
+            rows, temporary, compression="zstd", use_dictionary=True, row_group_size=group
+        )
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -201,5 +214,10 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     Without the dataset machinery of `pyarrow.parquet.read_table`, which costs more than most of
     our files.
     """
+    names = None if columns is None else list(columns)
     with pq.ParquetFile(path) as file:
-        return file.read(columns=None if columns is None else list(columns))
+        if file.metadata.num_rows <= BATCH:
+            return file.read(columns=names)
+        # At once, a column of lists with more than 2 GiB of text would be refused.
+        batches = [*file.iter_batches(BATCH, columns=names)]
+        return pa.Table.from_batches(batches).replace_schema_metadata(file.schema_arrow.metadata)

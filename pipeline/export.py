@@ -31,7 +31,7 @@ from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
-from unimodal.pipeline import fetch, media
+from unimodal.pipeline import fetch, large, media
 from unimodal.pipeline.bounds import Limits
 from unimodal.pipeline.clips import first_text
 from unimodal.pipeline.errors import MediaError, UsageError, full_disk, reason, telling_full_disk
@@ -104,7 +104,7 @@ def export_clips(
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: a file is in the way; name another -o")
     if isinstance(where, str):
-        where = run.clips.take(rows_where(run.clips, where, "clips"))
+        where = large.take(run.clips, rows_where(run.clips, where, "clips"))
     rows = where.to_pylist()
     how = {"version": VERSION, "mode": mode, "crop": crop, "crf": crf if mode == "exact" else None}
     limits = build(Limits, run.info["settings"]["limits"])

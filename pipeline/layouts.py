@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from unimodal.pipeline import large
 from unimodal.pipeline.clips import first_text, write_parquet
 from unimodal.pipeline.errors import UnimodalError, UsageError, telling_full_disk
 from unimodal.pipeline.export import VERSION, Exported, export_clips, write_lines
@@ -63,7 +64,7 @@ def export_dataset(
     out, progress = Path(out), progress or Progress()
     if layout not in get_args(Layout):
         raise UsageError(f"no layout {layout}: there are {', '.join(get_args(Layout))}")
-    chosen = run.clips.take(rows_where(run.clips, where, "clips"))
+    chosen = large.take(run.clips, rows_where(run.clips, where, "clips"))
     scores = [field.name for field in chosen.schema if pa.types.is_floating(field.type)]
     given: dict[str, Any] = {"mode": "exact", "crop": crop, "crf": crf, "progress": progress}
     done = Exported(out)

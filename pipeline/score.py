@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from unimodal.pipeline.clips import first_text, read_parquet, table
 from unimodal.pipeline.errors import MediaError, UnimodalError, reason, telling_full_disk
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SCORERS = ("text", "quality", "embed", "nsfw")
 """Modules of `pipeline/scorers` that read pictures, in the order in which they run."""
+
+CAPTIONS = 8192
+"""Captions that the match stage reads at once at least: a part has not to read all of them."""
 
 Scorer = Callable[[Sequence[Clip]], list[dict[str, Any]]]
 
@@ -80,15 +83,15 @@ def score_part(job: Job, step: Step, poison: Mapping[str, str], tell: Tell) -> N
 def match_part(job: Job, step: Step, tell: Tell) -> None:
     """Compare the first caption of each clip with its embedding, and commit the cosines.
 
-    The column `of` says which text it was.
+    `step.captions` has the columns part, uid and captions, sorted by part. The column `of` says
+    which text it was.
     """
     part = job.part
     settings = module("embed").EmbedSettings.model_validate(step.settings)
     tell.begin("match", part)
     rows = read_parquet(PartFiles(Path(step.reads), part).rows, columns=["uid", "embedding"])
-    texts = read_parquet(Path(step.captions))
-    texts = texts.filter(pc.is_in(texts.column("uid"), rows.column("uid").combine_chunks()))
-    first = first_texts(texts)
+    mine = [("part", "==", part)]
+    first = first_texts(pq.read_table(step.captions, columns=["uid", "captions"], filters=mine))
     vectors = {row["uid"]: row["embedding"] for row in rows.to_pylist() if row["uid"] in first}
     known = [uid for uid, vector in vectors.items() if vector is not None]
     cosines: dict[str, float] = {}

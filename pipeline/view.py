@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unimodal.pipeline import caption
+from unimodal.pipeline import caption, large
 from unimodal.pipeline.clips import (
+    BATCH,
     CAPTION,
     CLIPS,
     QUARANTINE,
@@ -47,7 +48,7 @@ def live_rows(folder: Path, parts: Sequence[Part]) -> pa.Table:
         names = pa.array([part.name] * rows.num_rows, pa.string())
         tables.append(rows.append_column("part", names))
     rows = pa.concat_tables(tables) if tables else _no_rows()
-    rows = rows.sort_by([("uri", "ascending"), ("start_pts", "ascending")]).combine_chunks()
+    rows = large.one_piece(large.sort_by(rows, ["uri", "start_pts"]))
     rows = _collapse(rows, aliases)
     kind = CLIPS.field("aliases").type
     if aliases:
@@ -64,18 +65,17 @@ def with_columns(rows: pa.Table, files: Sequence[Path], schema: pa.Schema) -> pa
             rows = rows.append_column(name, pa.nulls(rows.num_rows, schema.field(name).type))
         return rows
     found = pa.concat_tables([read_parquet(file, columns=["uid", *names]) for file in files])
-    return join(rows, found.combine_chunks(), schema)
+    return join(rows, found, schema)
 
 
 def join(rows: pa.Table, found: pa.Table, schema: pa.Schema) -> pa.Table:
     """`rows` with the columns of `schema` from `found`, by uid; null where `found` has no row."""
-    in_order = rows.column("uid").equals(found.column("uid"))
-    if not in_order:
+    taken = large.one_piece(found.select(schema.names))
+    if not rows.column("uid").equals(found.column("uid")):
         where = pc.index_in(rows.column("uid"), found.column("uid").combine_chunks())
+        taken = large.take(taken, where.combine_chunks())
     for field in schema:
-        column = found.column(field.name).combine_chunks().cast(field.type)
-        taken = column if in_order else column.take(where.combine_chunks())
-        rows = rows.append_column(field.name, taken)
+        rows = rows.append_column(field.name, taken.column(field.name).cast(field.type))
     return rows
 
 
@@ -115,12 +115,18 @@ def with_captions(
     kinds = pa.list_(CAPTION), CLIPS.field("meta").type
     columns = [_empty_lists(clips.num_rows, kind) for kind in kinds]
     if texts:
-        spans = clips.select(["uri", "start_s", "end_s"]).to_pylist()
-        rows = [
-            caption.for_clip(texts.get(clip["uri"], ()), clip["start_s"], clip["end_s"])
-            for clip in spans
+        spans = clips.select(["uri", "start_s", "end_s"]).to_batches(BATCH)
+        said = [
+            pa.array(
+                [
+                    caption.for_clip(texts.get(clip["uri"], ()), clip["start_s"], clip["end_s"])
+                    for clip in some.to_pylist()
+                ],
+                type=kinds[0],
+            )
+            for some in spans
         ]
-        columns[0] = pa.array(rows, type=kinds[0])
+        columns[0] = pa.chunked_array(said, type=kinds[0])
     if meta:
         uris = clips.column("uri").to_pylist()
         columns[1] = pa.array([list(meta.get(uri, {}).items()) for uri in uris], type=kinds[1])

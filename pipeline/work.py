@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unimodal.pipeline import caption, decide, dedup, score, view
+from unimodal.pipeline import caption, decide, dedup, large, score, view
 from unimodal.pipeline.captioning import describe
 from unimodal.pipeline.captioning.store import Store
 from unimodal.pipeline.clips import CLIPS, DEDUP, MATCH, read_parquet, write_parquet
@@ -212,7 +212,8 @@ def _columns(
         plan = joint(work, store.state + WAITS * left, plan.sidecars)
     caption_file = out / plan.captions.folder / "captions.parquet"
     if not caption_file.exists():
-        write_parquet(clips.select(["uid", "captions"]), caption_file)
+        said = large.sort_by(clips.select(["part", "uid", "captions"]), ["part"])
+        write_parquet(said, caption_file, group=score.CAPTIONS)
     files = []
     if plan.matches is not None:
         step = Step(

@@ -38,8 +38,8 @@ class Statistics:
     @cached_property
     def captions(self) -> list[dict[str, Any]]:
         """Captions of each style and language: `count_all`, `tokens_sum`; the frequent first."""
-        said = pa.Table.from_struct_array(pc.list_flatten(self.index["captions"]))
-        said = said.combine_chunks().group_by(["style", "lang"])
+        told = pa.Table.from_struct_array(pc.list_flatten(self.index["captions"]))
+        said = told.select(["style", "lang", "tokens"]).combine_chunks().group_by(["style", "lang"])
         said = said.aggregate([([], "count_all"), ("tokens", "sum")])
         return said.sort_by([("count_all", "descending")]).to_pylist()
 

@@ -37,14 +37,15 @@ def usable(caption: Mapping[str, Any]) -> bool:
     return bool(caption["text"]) and caption.get("status") in (None, "", OK)
 
 
-def captioned(captions: pa.ListArray) -> np.ndarray:
+def captioned(captions: pa.ChunkedArray) -> np.ndarray:
     """bool [N]: which of N clips have a caption. Where a model failed is a row without a text."""
-    written = pc.greater(
-        pc.fill_null(pc.utf8_length(pc.list_flatten(captions).field("text")), 0), 0
-    )
-    has = np.zeros(len(captions), bool)
-    has[pc.list_parent_indices(captions).filter(written).to_numpy()] = True
-    return has
+    found = [np.zeros(0, bool)]
+    for some in captions.chunks:  # all together may be too much text for one array
+        text = pc.list_flatten(some).field("text")
+        written = pc.greater(pc.fill_null(pc.utf8_length(text), 0), 0)
+        found.append(np.zeros(len(some), bool))
+        found[-1][pc.list_parent_indices(some).filter(written).to_numpy()] = True
+    return np.concatenate(found)
 
 
 def read_answer(answer: Answer, prompt: Prompt, kind: str, form: str) -> dict[str, tuple[str, str]]:

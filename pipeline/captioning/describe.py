@@ -31,7 +31,7 @@ from unimodal.pipeline.captioning.requests import (
 )
 from unimodal.pipeline.captioning.settings import CaptionSettings
 from unimodal.pipeline.captioning.store import Store
-from unimodal.pipeline.clips import CAPTION
+from unimodal.pipeline.clips import BATCH, CAPTION
 from unimodal.pipeline.errors import UnimodalError, UsageError, full_disk
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.stage import Stage
@@ -228,12 +228,14 @@ def with_descriptions(clips: pa.Table, store: Store, first: str) -> pa.Table:
     """Clips with the store's captions beside those of people; `first` is model or people."""
     found = by_clip(store.rows(["uid", "captions"]).to_pylist())
     at = clips.schema.get_field_index("captions")
-    rows = []
-    pairs = clips.select(["uid", "captions"]).to_pylist()
-    for row in pairs:
-        own, said = found.get(row["uid"], []), row["captions"] or []
-        rows.append(own + said if first == "model" else said + own)
-    column = pa.array(rows, type=pa.list_(CAPTION))
+    columns = []
+    for some in clips.select(["uid", "captions"]).to_batches(BATCH):
+        rows = []
+        for row in some.to_pylist():
+            own, said = found.get(row["uid"], []), row["captions"] or []
+            rows.append(own + said if first == "model" else said + own)
+        columns.append(pa.array(rows, type=pa.list_(CAPTION)))
+    column = pa.chunked_array(columns, type=pa.list_(CAPTION))
     return clips.set_column(at, pa.field("captions", column.type), column)
 
 

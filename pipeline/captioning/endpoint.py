@@ -49,7 +49,8 @@ class Endpoint:
         self.in_flight = settings.in_flight
         self._settings = settings
         self._url = settings.url.rstrip("/") + "/chat/completions"
-        self._key = os.environ.get(settings.api_key_env or " ", "").strip()
+        named = settings.api_key_env
+        self._key = os.environ.get(named, "").strip() if named else ""
         if not self._key.isprintable():
             raise UsageError(f"${settings.api_key_env} holds control characters: set it again")
         self._found: queue.Queue[tuple[str, Answer | Failure] | BaseException] = queue.Queue()

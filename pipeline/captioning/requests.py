@@ -24,8 +24,6 @@ from unimodal.pipeline.frames import Clip, Sample, read_clip
 from unimodal.pipeline.observers.keyframes import even
 from unimodal.pipeline.stage import PartFiles
 
-"""Status of a clip whose pictures are missing or broken; the model is not asked."""
-
 
 @dataclass(frozen=True)
 class Request:

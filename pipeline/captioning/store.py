@@ -22,6 +22,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from unimodal.pipeline import large
 from unimodal.pipeline.captioning.answers import OK
 from unimodal.pipeline.clips import CAPTION, read_parquet, table, write_parquet
 from unimodal.pipeline.files import atomic
@@ -120,7 +121,7 @@ class Store:
             }
         )
         keys = [(name, "ascending") for name in ("uid", "piece", "worse", "age")]
-        found = found.take(pc.sort_indices(order, sort_keys=keys))
+        found = large.take(found, pc.sort_indices(order, sort_keys=keys))
         uid, piece = found.column("uid").combine_chunks(), found.column("piece").combine_chunks()
         if found.num_rows > 1:
             same = pc.and_(pc.equal(uid[1:], uid[:-1]), pc.equal(piece[1:], piece[:-1]))

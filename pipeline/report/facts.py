@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from unimodal.pipeline import decide
+from unimodal.pipeline import decide, large
 from unimodal.pipeline.clips import read_parquet
 from unimodal.pipeline.judged import Judged, advice, judge
 from unimodal.pipeline.observers.keyframes import even
@@ -151,8 +151,10 @@ class Facts:
         rows = np.flatnonzero(self.video)
         if not len(rows):
             return [], 0
-        keys = self.clips.column("uri").take(pa.array(rows)).combine_chunks().dictionary_encode()
-        uris, codes = keys.dictionary.to_pylist(), keys.indices.to_numpy()
+        keys = self.clips.column("uri").filter(pa.array(self.video)).dictionary_encode()
+        keys = keys.unify_dictionaries()
+        uris = keys.chunk(0).dictionary.to_pylist()
+        codes = np.concatenate([chunk.indices.to_numpy() for chunk in keys.chunks])
         seconds = np.zeros(len(uris))
         np.maximum.at(seconds, codes, np.nan_to_num(self.numbers("end_s")[rows]))
         longest = sorted(range(len(uris)), key=lambda i: (-seconds[i], uris[i]))[:SOURCES]
@@ -160,7 +162,7 @@ class Facts:
         found = []
         for source in sorted(longest, key=lambda i: uris[i]):
             mine = rows[codes == source]
-            clips = self.clips.select(columns).take(pa.array(mine)).to_pylist()
+            clips = large.take(self.clips.select(columns), mine).to_pylist()
             strip = self._strip(mine, clips, float(seconds[source]))
             found.append(Source(uris[source], float(seconds[source]), clips, strip))
         return found, len(uris)
@@ -206,7 +208,7 @@ class Facts:
         rows.update(row for _, failed, passed in self.near for row in (*failed, *passed))
         rows.update(row for group in self.groups[0] for row in group)
         order = sorted(rows)
-        taken = self.clips.take(pa.array(order, pa.int64())).to_pylist()
+        taken = large.take(self.clips, pa.array(order, pa.int64())).to_pylist()
         for clip, stored in zip(taken, self._stored(taken), strict=True):
             clip["samples"] = stored
         return dict(zip(order, taken, strict=True))

@@ -23,18 +23,19 @@ QUARANTINED = 200
 
 
 def captions(facts: Facts) -> Html | None:
-    column = facts.clips.column("captions").combine_chunks()
+    column = facts.clips.column("captions")
     if not pc.any(pc.greater(pc.list_value_length(column), 0)).as_py():
         return None
     with_caption = captioned(column) & facts.kept
-    flat = column.filter(pa.array(facts.kept)).flatten()
+    said = pc.list_flatten(column.filter(pa.array(facts.kept)))
+    told = pa.Table.from_struct_array(said)
+    names = ["style", "lang", "model", "status"]
     groups = pa.table(
         {
-            **{name: pc.fill_null(flat.field(name), "") for name in ("style", "lang", "model")},
-            "status": pc.fill_null(flat.field("status"), ""),
-            "length": pc.fill_null(pc.utf8_length(flat.field("text")), 0),
+            **{name: pc.fill_null(told.column(name), "") for name in names},
+            "length": pc.fill_null(pc.utf8_length(told.column("text")), 0),
         }
-    ).group_by(["style", "lang", "model", "status"])
+    ).group_by(names)
     rows = groups.aggregate([("length", "count"), ("length", "mean")]).to_pylist()
     rows.sort(key=lambda row: (-row["length_count"], row["style"], row["lang"], row["model"]))
     heads = ("style", "language", "written by", "status", "captions", "characters, mean")

@@ -440,12 +440,10 @@ def check_inputs(items: Sequence[Item]) -> None:
 
 def warning(checkpoint: Path, items: Sequence[Item]) -> str | None:
     """What a person should know who asks a checkpoint for what it never learned."""
-    from unimodal.model.checkpoint import find, read_json
+    from unimodal.model.checkpoint import find
+    from unimodal.model.records import learned
 
-    file = find(checkpoint)[0] / "data.json"
-    about = read_json(file) if file.is_file() else {}
-    # Nothing was noted of captions alone before there was more to tell of.
-    tasks = about.get("tasks", {"caption": 1} if about.get("grids") else None)
+    tasks = learned(find(checkpoint)[0])
     names = {"edit": "edit", "document": "interleaved", "ask": "chat", "text": "text"}
     for item in items:
         direction = item.request.direction

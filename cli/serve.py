@@ -74,7 +74,6 @@ def serve(
     from unimodal.cli import console
     from unimodal.cli.prompts import LoadSettings
     from unimodal.model import serve as server
-    from unimodal.model import tasks
     from unimodal.model.asked import Limits
     from unimodal.model.guard import LOOPBACK
     from unimodal.pipeline.errors import UsageError
@@ -107,6 +106,8 @@ def serve(
     server.check_installed()
     source = console.from_stdin(checkpoint)
     listener = server.listening(host, port)  # before the weights are loaded: it may be taken
+    from unimodal.model.checkpoint import find
+    from unimodal.model.records import learned
     from unimodal.model.sample import Sampler
     from unimodal.tokenize.device import usable
 
@@ -117,9 +118,9 @@ def serve(
         tokenizer=load.tokenizer,
         kind=load.kind,
     )
-    learned = tasks.learned(Path(source))
+    known = learned(find(Path(source))[0])
     hosts = [*LOOPBACK, host, *(names or [])] if local or names else None
-    app = server.application(sampler, limits, name or server.name_of(source), key, hosts, learned)
+    app = server.application(sampler, limits, name or server.name_of(source), key, hosts, known)
     url = server.address(host, listener)
     print(url, flush=True)
 

@@ -75,8 +75,9 @@ def train(
     from unimodal.cli import console
     from unimodal.model import parallel
     from unimodal.model import train as trainer
-    from unimodal.model.checkpoint import latest_step, read_json
+    from unimodal.model.checkpoint import latest_step
     from unimodal.model.recipe import settings_from
+    from unimodal.model.records import read_saved
 
     given = {"steps": steps, "seed": seed, "device": device}
     layer = {key: value for key, value in given.items() if value is not None}
@@ -94,7 +95,7 @@ def train(
     step = latest_step(made)
     record = {}
     if step is not None:
-        state = read_json(step / "train.json")
+        state = read_saved(step)
         record = {"step": state["step"], "tokens": state["tokens"]}
     if parallel.is_main():
         console.table(f"checkpoint in {out}", list(record.items()), quiet)

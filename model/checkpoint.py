@@ -40,6 +40,7 @@ from torch import Tensor
 from unimodal.model.decoder import Decoder, DecoderConfig, initialise
 from unimodal.model.lora import is_adapted, merged, start_adapters
 from unimodal.model.naming import WEIGHTS, config_record, read_config, read_json, read_weights
+from unimodal.model.records import read_about
 from unimodal.pipeline.errors import UnimodalError, UsageError, first_line
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.kinds import mistaken
@@ -380,7 +381,7 @@ def _inherit(decoder: Decoder, path: Path, data: Mapping[str, Any]) -> None:
             f"{path} has {theirs.vocabulary_size} ids, the vocabulary of the shards "
             f"{ours.vocabulary_size}: tokenize with the vocabulary of the weights"
         )
-    about = read_json(top / "data.json") if (top / "data.json").is_file() else data
+    about = read_about(top) or data
     for key in ("vocabulary", "vision_tokenizer"):
         if about.get(key) != data[key]:
             raise UsageError(

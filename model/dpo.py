@@ -39,8 +39,8 @@ from unimodal.model.checkpoint import find
 from unimodal.model.data import KINDS, Batch, DataSettings
 from unimodal.model.decoder import Decoder
 from unimodal.model.loss import LossByKind, weighted_cross_entropy
-from unimodal.model.naming import read_json
 from unimodal.model.packing import pack
+from unimodal.model.records import read_about
 from unimodal.pipeline.errors import UnimodalError, UsageError, first_line
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.settings import Settings
@@ -151,7 +151,7 @@ class Triplets:
             )
         made = cls(paths, Vocabulary.load(top / "vocabulary"))
         made.path = top
-        made.about = {**read_json(top / "data.json"), "triplets": made.digest()}
+        made.about = {**read_about(top), "triplets": made.digest()}
         return made
 
     def __init__(self, paths: Sequence[Path], vocabulary: Vocabulary) -> None:

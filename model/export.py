@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unimodal.model.checkpoint import find, load_decoder
-from unimodal.model.naming import WEIGHTS, config_record, read_json
+from unimodal.model.naming import WEIGHTS, config_record
+from unimodal.model.records import read_about
 from unimodal.pipeline.errors import UsageError
 from unimodal.tokenize.text import QWEN_PATTERN
 from unimodal.tokenize.vision.tokenizer import VisionTokenizer
@@ -68,7 +69,7 @@ def export_model(
         name: tensor.to(getattr(torch, dtype)) for name, tensor in decoder.state_dict().items()
     }
     if naming == "emu3" and vocabulary is not None and (top / "data.json").is_file():
-        grids = read_json(top / "data.json").get("grids") or [{"size": [1, 90, 90]}]
+        grids = read_about(top).get("grids") or [{"size": [1, 90, 90]}]
         record["image_area"] = 64 * grids[0]["size"][1] * grids[0]["size"][2]
     if naming == "transformers-emu3" and vocabulary is not None and "vision_tokenizer" in kept:
         vision = VisionTokenizer.load(top / "vision_tokenizer")

@@ -14,8 +14,8 @@ from unimodal.model.data import DataSettings
 from unimodal.model.decoder import Shape
 from unimodal.model.dpo import DPOSettings
 from unimodal.model.lora import LoraSettings
-from unimodal.model.naming import read_json
 from unimodal.model.parallel import MeshSettings
+from unimodal.model.records import read_saved
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.settings import Settings, build, differences, load_recipe
 from unimodal.tokenize.training import rate
@@ -195,7 +195,7 @@ def settings_from(
 
 def check_resumed(out: Path, step: Path, settings: TrainSettings) -> None:
     """Refuse to go on from a step of `out` with settings that the steps so far depend on."""
-    done = read_json(step / "train.json")["step"]
+    done = read_saved(step)["step"]
     if done > settings.steps:
         raise UsageError(
             f"{out} has done {done} steps already, and steps = {settings.steps} asks for fewer: "

@@ -23,7 +23,7 @@ from unimodal.model.canvas import (
     VisionTokenizerLike,
     latent_frames,
 )
-from unimodal.model.checkpoint import find, load_decoder, read_json, weights_config
+from unimodal.model.checkpoint import find, load_decoder, weights_config
 from unimodal.model.choice import Choice
 from unimodal.model.decoder import Decoder
 from unimodal.model.generate import Backend, Draft, Drawing, TorchBackend, Watch
@@ -42,6 +42,7 @@ from unimodal.model.how import (
 from unimodal.model.naming import weight_files
 from unimodal.model.quantize import WEIGHTS, convert
 from unimodal.model.recipe import RECIPES, SamplingSettings
+from unimodal.model.records import read_about
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.scorers.weights import fingerprint
@@ -216,7 +217,7 @@ class Sampler:
                     f"{top} has no {name}: a checkpoint of unimodal train keeps it beside its "
                     "steps; copy the whole directory"
                 )
-        about = read_json(top / "data.json")
+        about = read_about(top)
         vocabulary = Vocabulary.load(top / "vocabulary")
         if vocabulary.digest() != about["vocabulary"]["digest"]:
             raise UnimodalError(

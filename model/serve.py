@@ -64,7 +64,7 @@ def application(
     """The server's application (ASGI). Its queue is `application.state.queue`.
 
     `key` is what requests must bring (None: nothing); `hosts` are the names that it answers to
-    (None: any). `learned` is what `tasks.learned` tells of the checkpoint.
+    (None: any). `learned` is what `records.learned` tells of the checkpoint.
     """
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -125,16 +124,6 @@ class Service:
         sizes = [g["size"] for g in self.canvas.grids if g["kind"] == kind]
         named = [f"{w * SPATIAL}x{h * SPATIAL}" for _, h, w in sizes if h and w]
         return list(dict.fromkeys(named))[:24]
-
-
-def learned(checkpoint: Path) -> dict[str, int] | None:
-    """Documents of each task that a checkpoint was trained on, None where it does not say."""
-    from unimodal.model.checkpoint import find, read_json
-
-    file = find(checkpoint)[0] / "data.json"
-    about = read_json(file) if file.is_file() else {}
-    # Nothing was noted of captions alone.
-    return about.get("tasks", {"caption": 1} if about.get("grids") else None)
 
 
 def away(error: Full | Closed) -> Refused:

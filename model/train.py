@@ -25,7 +25,6 @@ from unimodal.model.checkpoint import (
     keep_inputs,
     latest_step,
     load_step,
-    read_json,
     start,
     to_toml,
 )
@@ -48,6 +47,7 @@ from unimodal.model.optim import optimizers
 from unimodal.model.parallel import Mesh, joined
 from unimodal.model.plan import flops_per_token, peak
 from unimodal.model.recipe import TrainSettings, check_resumed, learning_rate
+from unimodal.model.records import read_about
 from unimodal.model.samples import TASKS, draw, hashed
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.files import atomic
@@ -139,7 +139,7 @@ def _train(
         _check_learned(samples, settings.data)
     out.mkdir(parents=True, exist_ok=True)
     if previous is not None:
-        if read_json(out / "data.json") != json.loads(json.dumps(about)):
+        if read_about(out) != json.loads(json.dumps(about)):
             raise UnimodalError(
                 f"the shards are not those that {out} was trained on: choose another directory"
             )

@@ -845,10 +845,10 @@ def test_loopback_is_known(host: str, local: bool) -> None:
 
 
 def test_what_was_learned_is_read_from_the_checkpoint(tmp_path: Path) -> None:
-    from unimodal.model.tasks import learned
+    from unimodal.model.records import learned
 
-    (tmp_path / "config.json").write_text("{}")
+    told = {"vocabulary": {"digest": "a"}, "vision_tokenizer": {"digest": "b"}}
     assert learned(tmp_path) is None
     for about, known in (({"grids": GRIDS}, {"caption": 1}), ({"tasks": {"edit": 3}}, {"edit": 3})):
-        (tmp_path / "data.json").write_text(json.dumps(about))
+        (tmp_path / "data.json").write_text(json.dumps(told | about))
         assert learned(tmp_path) == known

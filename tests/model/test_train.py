@@ -24,6 +24,7 @@ from unimodal.model.data import DataSettings, Loader, Samples
 from unimodal.model.decoder import Decoder
 from unimodal.model.plan import flops_per_token, peak
 from unimodal.model.recipe import TrainSettings
+from unimodal.model.sample import Sampler
 from unimodal.model.train import Interrupted, _Run, train
 from unimodal.pipeline.errors import UnimodalError, UsageError
 from unimodal.pipeline.progress import Progress
@@ -454,6 +455,13 @@ def test_a_place_in_the_data_of_another_version_is_refused_with_the_remedy(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"cursor": {"epoch": 1, "at": 3}}))
     with pytest.raises(UnimodalError, match=r"saved by another version.* with --init"):
         train([tiny_shards.path], out, tiny_settings("steps=9"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"step": "eight"}))
+    with pytest.raises(UnimodalError, match=r"train\.json is damaged \(step: .*copy the"):
+        train([tiny_shards.path], out, tiny_settings("steps=9"))
+    about = json.loads((out / "data.json").read_text())
+    (out / "data.json").write_text(json.dumps(about | {"vocabulary": 7}))
+    with pytest.raises(UnimodalError, match=r"data\.json is damaged \(vocabulary: "):
+        Sampler.for_checkpoint(out, Decoder.load(out / "step-00000008"))
 
 
 def test_shards_without_training_samples_are_refused(

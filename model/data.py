@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -28,7 +28,11 @@ from unimodal.model.batch import KINDS, Batch, Document, collate
 from unimodal.model.packing import deal, pack
 from unimodal.model.samples import ALONE, TASKS, UNTOLD, WHOLE, Samples, draw
 from unimodal.pipeline.errors import UnimodalError
+from unimodal.pipeline.large import mapped
 from unimodal.pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from unimodal.model.parallel import Mesh
 
 __all__ = [
     "KINDS",
@@ -45,6 +49,7 @@ __all__ = [
     "draw",
     "open_shards",
     "plan",
+    "share",
     "validation",
 ]
 
@@ -400,6 +405,23 @@ def open_shards(paths: Sequence[Path]) -> list[Any]:
                 "of one are joint: tokenize them alike"
             )
     return opened
+
+
+def share(shards: Sequence[Any], mesh: Mesh) -> None:
+    """Let one process of each machine read the large indexes among these, for all to map."""
+    from unimodal.tokenize.shards import HELD
+
+    large = [one for one in shards if len(one) > HELD]
+    if mesh.world == 1 or not large:
+        return
+    with mesh.machine() as (folder, first):
+        files = [folder / f"{number}.arrow" for number in range(len(large))]
+        with mesh.together():
+            for one, file in zip(large, files, strict=True):
+                if first:
+                    one.write_index(file)
+        for one, file in zip(large, files, strict=True):
+            one.index = mapped(file)
 
 
 def coding(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -228,9 +229,10 @@ def shown_in(thing: str, sampler: Sampler, limit: int | None = None) -> list[Sho
                 f"{thing}: its codes are of another vision tokenizer ({theirs[:12]}) than the "
                 f"checkpoint's ({ours[:12]}): tokenize with the checkpoint's, or give the run"
             )
-        columns = shards.index.select(["key", "task", "kind", "split", "captions"]).to_pylist()
-        for number, row in enumerate(columns):
-            if row["split"] == "val" and len(found) != limit:
+        index = shards.index.select(["key", "task", "kind", "captions"])
+        for number in np.flatnonzero(pc.equal(shards.index["split"], "val")).tolist():
+            if len(found) != limit:
+                (row,) = index.slice(number, 1).to_pylist()
                 found += filter(None, [_stored(shards, number, row)])
     if not found:
         raise UnimodalError(

@@ -28,12 +28,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -250,6 +252,19 @@ class Mesh:
             raise error
         if first < self.world:
             raise SystemExit(1)
+
+    @contextmanager
+    def machine(self) -> Iterator[tuple[Path, bool]]:
+        """A temporary folder that the processes of this machine share, and whether this one is
+        the first of them, which is to fill it."""
+        import torch.distributed as dist
+
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        with nullcontext("") if local else tempfile.TemporaryDirectory(prefix="unimodal-") as made:
+            folders: list[Any] = [""] * self.world
+            dist.all_gather_object(folders, made)
+            yield Path(folders[self.rank - local]), not local
+            dist.barrier()
 
     def assembled(self, decoder: Decoder) -> Decoder | None:
         """An ordinary decoder of the same weights in the main process; None in the others."""

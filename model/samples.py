@@ -1,7 +1,8 @@
 """The index of shards as plain columns: what each sample is, how long, and what it may say.
 
-A row is a number: of the rows of all shard directories, one behind the other. A million rows of
-two captions take 0.6 GB, most of it the captions' text, and nothing grows with training.
+A row is a number: of the rows of all shard directories, one behind the other. Here are numbers
+alone, about 80 bytes a row; texts and keys stay in the index, which is mapped where it is large.
+Nothing grows with training.
 """
 
 from __future__ import annotations
@@ -80,13 +81,19 @@ class Samples:
     def __init__(self, shards: Sequence[ShardsLike], styles: Sequence[str] = ()) -> None:
         self.shards = list(shards)
         self.vocabulary = shards[0].vocabulary
-        tables = [_Columns(one.index, self.vocabulary, styles) for one in self.shards]
+        tables = [
+            _Columns(batch, self.vocabulary, styles)
+            for one in self.shards
+            for batch in one.index.to_batches()
+            or [pa.RecordBatch.from_pylist([], schema=one.index.schema)]
+        ]
         self._keys = [table.keys for table in tables]
         self._texts = [table.texts for table in tables]
         self._picked = [table.picked for table in tables]
-        self.starts = np.cumsum([0, *(len(table.keys) for table in tables)])
+        self.starts = np.cumsum([0, *(len(one.index) for one in self.shards)])
         """First row of each directory, and behind them the number of rows."""
         self._starts: list[int] = self.starts.tolist()
+        self._batches: list[int] = np.cumsum([0, *(len(table.keys) for table in tables)]).tolist()
         self._blocks: dict[object, tuple[np.ndarray, np.ndarray]] = {}
         self.tasks, self.sizes, self.rates, self.hashes, self.lengths, tokens, counts, val = (
             np.concatenate([getattr(table, name) for table in tables])
@@ -94,7 +101,7 @@ class Samples:
         )
         self._inner = sum((table.inner for table in tables), Counter[tuple[Any, ...]]())
         self._dropped = np.concatenate([table.dropped for table in tables])
-        self._tokens = tokens
+        self._tokens = np.append(tokens, np.int32(0))
         self._first = np.concatenate([[0], np.cumsum(counts)])
         self.rows = {"train": np.flatnonzero(~val), "val": np.flatnonzero(val)}
         """Rows of each split."""
@@ -131,9 +138,10 @@ class Samples:
 
     def caption(self, row: int, which: int) -> str:
         """Text of a caption."""
-        number, _ = self._place(row)
-        at = self._first[row] + which - self._first[self.starts[number]]
-        return str(self._texts[number][int(self._picked[number][at])].as_py())
+        number = bisect_right(self._batches, row) - 1
+        at = self._first[row] + which - self._first[self._batches[number]]
+        picked = self._picked[number]
+        return str(self._texts[number][int(at if picked is None else picked[at])].as_py())
 
     def caption_ids(self, row: int, which: int) -> np.ndarray:
         """Ids of a caption."""
@@ -148,14 +156,14 @@ class Samples:
         One less than their ids, as the last id predicts nothing.
         """
         at = np.where(captions < 0, 0, self._first[rows] + captions)
-        text = np.append(self._tokens, 0)[np.minimum(at, len(self._tokens))]
+        text = self._tokens[np.minimum(at, len(self._tokens) - 1)]
         text = np.where(captions < 0, -self._dropped[rows, np.maximum(WHOLE - captions, 0)], text)
         return self.lengths[rows] + text
 
     def key(self, row: int) -> str:
         """Key of a row."""
-        number, own = self._place(row)
-        return str(self._keys[number][own].as_py())
+        number = bisect_right(self._batches, row) - 1
+        return str(self._keys[number][row - self._batches[number]].as_py())
 
     def codes(self, row: int) -> np.ndarray:
         """Codes [T, H, W] of a row with captions."""
@@ -227,12 +235,12 @@ def _inner(segments: Any) -> Counter[tuple[Any, ...]]:
 
 
 class _Columns:
-    """One directory's part of `Samples`."""
+    """The part of `Samples` of some rows of a directory."""
 
-    def __init__(self, index: Any, vocabulary: Vocabulary, styles: Sequence[str]) -> None:
-        def column(name: str) -> Any:
-            return pa.concat_arrays(index.column(name).chunks or [pa.array([], index[name].type)])
-
+    def __init__(
+        self, index: pa.RecordBatch, vocabulary: Vocabulary, styles: Sequence[str]
+    ) -> None:
+        column = index.column
         self.keys = column("key")
         self.hashes = np.array([hashed(key) for key in self.keys.to_pylist()], np.uint64)
         self.val = pc.equal(column("split"), "val").to_numpy(zero_copy_only=False).astype(bool)
@@ -243,7 +251,7 @@ class _Columns:
                 f"the index knows a task that this version does not ({', '.join(TASKS)}): "
                 "install the version that wrote it"
             )
-        sizes = [column(name).to_numpy() for name in ("frames", "height", "width")]
+        sizes = [column(name).to_numpy() for name in ("frames", "height", "width")]  # int32
         self.sizes = np.stack(sizes, axis=1)
         moving = pc.equal(column("kind"), "video").to_numpy(zero_copy_only=False)
         rates = pc.fill_null(column("fps"), np.nan).to_numpy(zero_copy_only=False)
@@ -314,38 +322,44 @@ class _Columns:
         """Flat captions: how many each row has, which ones of all texts, and their tokens."""
         values = captions.flatten()
         sizes = pc.fill_null(pc.list_value_length(captions), 0).to_numpy(zero_copy_only=False)
-        kept = np.ones(len(values), bool)
+        tokens = values.field("tokens").to_numpy(zero_copy_only=False).astype(np.int32)
+        self.counts, self.picked, self.tokens = sizes, None, tokens
         if styles:
             wanted = pc.is_in(values.field("style"), pa.array(list(styles), pa.string()))
             kept = wanted.to_numpy(zero_copy_only=False).astype(bool)
-        owner = np.repeat(np.arange(len(sizes)), sizes)
-        self.counts = np.bincount(owner[kept], minlength=len(sizes))
-        self.picked = np.flatnonzero(kept)
-        self.tokens = values.field("tokens").to_numpy(zero_copy_only=False)[kept].astype(np.int64)
+            owner = np.repeat(np.arange(len(sizes)), sizes)
+            self.counts = np.bincount(owner[kept], minlength=len(sizes))
+            self.picked = np.flatnonzero(kept)
+            self.tokens = tokens[kept]
         self.texts = values.field("text")
 
 
 def _digest(index: Any) -> str:
     found = hashlib.sha256()
     for name in DIGESTED:
-        _hash(found, index.column(name).combine_chunks())
+        column = index.column(name)
+        _hash(found, column.chunks or [pa.array([], column.type)])
     return found.hexdigest()[:16]
 
 
-def _hash(found: Any, column: Any) -> None:
-    """Hash the values of a column; nulls as 0 or nothing, since what lies under them is chance."""
-    if pa.types.is_list(column.type):
-        _hash(found, pc.list_value_length(column))
-        _hash(found, column.flatten())
-    elif pa.types.is_struct(column.type):
-        for number in range(column.type.num_fields):
-            _hash(found, column.field(number))
-    elif pa.types.is_string(column.type):
-        _hash(found, pc.binary_length(column))
-        whole = pa.ListArray.from_arrays([0, len(column)], pc.fill_null(column, ""))
-        found.update(pc.binary_join(whole, "")[0].as_buffer())
+def _hash(found: Any, chunks: Sequence[Any]) -> None:
+    """Hash the values of a column, however it is cut; nulls as 0 or nothing, since what lies under
+    them is chance."""
+    kind = chunks[0].type
+    if pa.types.is_list(kind):
+        _hash(found, [pc.list_value_length(chunk) for chunk in chunks])
+        _hash(found, [chunk.flatten() for chunk in chunks])
+    elif pa.types.is_struct(kind):
+        for number in range(kind.num_fields):
+            _hash(found, [chunk.field(number) for chunk in chunks])
+    elif pa.types.is_string(kind):
+        _hash(found, [pc.binary_length(chunk) for chunk in chunks])
+        for chunk in chunks:
+            whole = pa.ListArray.from_arrays([0, len(chunk)], pc.fill_null(chunk, ""))
+            found.update(pc.binary_join(whole, "")[0].as_buffer())
     else:
-        found.update(pc.fill_null(column, 0).to_numpy(zero_copy_only=False))
+        for chunk in chunks:
+            found.update(pc.fill_null(chunk, 0).to_numpy(zero_copy_only=False))
 
 
 def _alike(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

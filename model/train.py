@@ -37,6 +37,7 @@ from unimodal.model.data import (
     Samples,
     coding,
     open_shards,
+    share,
     validation,
 )
 from unimodal.model.decoder import Decoder, DecoderConfig, parameter_count
@@ -134,6 +135,7 @@ def _train(
         about = samples.about
     else:
         opened = open_shards(shards)
+        share(opened, mesh)
         samples, source = Samples(opened, settings.data.styles), opened[0]
         about = _about(opened, samples, settings.data.context)
         _check_learned(samples, settings.data)

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from unimodal.pipeline import large
 from unimodal.pipeline.errors import UnimodalError, UsageError, full_disk
 from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.progress import Progress
@@ -112,7 +113,7 @@ def _chosen(sources: Sequence[Shards], where: str, progress: Progress) -> pa.Tab
     rows = pa.concat_tables(tables, promote_options="default")
     scores = sorted(set(rows.column_names) - {*INDEX.names, *_SPAN})
     rows = rows.select([*INDEX.names, *scores, *_SPAN])
-    rows = rows.take(rows_where(rows.drop_columns(list(_SPAN)), where, "samples"))
+    rows = large.take(rows, rows_where(rows.drop_columns(list(_SPAN)), where, "samples"))
     if not len(rows):
         names = ", ".join(str(source.path) for source in sources)
         raise UnimodalError(f'no sample of {names} holds for "{where}"')
@@ -120,13 +121,12 @@ def _chosen(sources: Sequence[Shards], where: str, progress: Progress) -> pa.Tab
     kept = rows.group_by("key").aggregate([("__row", "min")])["__row_min"].sort()
     if twice := len(rows) - len(kept):
         progress.note(f"{twice} samples were in several directories: taken from the first")
-    rows = rows.take(kept).drop_columns(["__row"])
+    rows = large.take(rows, kept.combine_chunks()).drop_columns(["__row"])
     both = rows.filter(pc.equal(rows["split"], "val"))["source_sha256"]
     split = pc.if_else(pc.is_in(rows["source_sha256"], both), "val", "train")
     at = INDEX.get_field_index("split")
     rows = rows.set_column(at, INDEX.field("split"), split)
-    order = [(name, "ascending") for name in ("__source", "shard", "__start")]
-    return rows.sort_by(order)
+    return large.sort_by(rows, ["__source", "shard", "__start"])
 
 
 def _spans(source: Shards) -> pa.Table:
@@ -137,7 +137,8 @@ def _spans(source: Shards) -> pa.Table:
     index = source.index
     ends = _padded(index["offset"], index["nbytes"])
     inner = pa.Table.from_struct_array(pc.list_flatten(index["segments"]))
-    parents = pc.list_parent_indices(index["segments"]).to_numpy()
+    counts = pc.fill_null(pc.list_value_length(index["segments"]), 0).to_numpy()
+    parents = np.repeat(np.arange(len(index)), counts)
     np.maximum.at(ends, parents, _padded(inner["offset"], inner["nbytes"]))
     shard = index["shard"].combine_chunks().dictionary_encode().indices.to_numpy()
     order = np.lexsort((ends, shard))
@@ -169,7 +170,8 @@ def _add(row: dict[str, Any], tar: Path, shard: str, file: io.BufferedWriter) ->
     """Copy the members of a sample; returns its row of the new index."""
     start, size, to = row["__start"], row["__size"], file.tell()
     with tar.open("rb") as source:
-        data = os.pread(source.fileno(), size, start)
+        there = 0 <= start <= start + size <= os.fstat(source.fileno()).st_size
+        data = os.pread(source.fileno(), size, start) if there else b""
     header = f"{row['key']}.json".encode()
     if len(data) != size or data[: len(header) + 1] != header + b"\0":
         raise UnimodalError(

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from unimodal.pipeline.clips import read_parquet, write_parquet
 from unimodal.pipeline.lock import run_lock
@@ -27,7 +26,6 @@ from unimodal.tokenize.plan import (
     kept_clips,
     units,
 )
-from unimodal.tokenize.shard import unit_of
 from unimodal.tokenize.shards import HEADER, Shards
 
 TASK = "captions"
@@ -42,7 +40,8 @@ def refresh(run_dir: Path, out: Path, progress: Progress | None = None) -> dict[
     if there is no run or there are no finished shards.
     """
     progress = progress or Progress()
-    said = read_parquet(clips_file(run_dir), columns=["uid", "captions"]).combine_chunks()
+    said = read_parquet(clips_file(run_dir), columns=["uid", "captions"])
+    uids = said["uid"].combine_chunks()
     with run_lock(out, progress):
         shards = Shards.open(out)
         digests = dict(_digests(run_dir, shards))
@@ -50,9 +49,9 @@ def refresh(run_dir: Path, out: Path, progress: Progress | None = None) -> dict[
         progress.begin(TASK, len(shards.manifest["shards"]), "shards")
         for number, shard in enumerate(shards.manifest["shards"]):
             index = (out / shard["name"]).with_suffix(".parquet")
-            unit, table = unit_of(index), pq.read_table(index)
+            table, unit = shards.part(number)
             rows = table.to_pylist()
-            places = pc.index_in(table["uid"], said["uid"]).to_pylist()
+            places = pc.index_in(table["uid"], uids).to_pylist()
             changed = 0
             for row, place in zip(rows, places, strict=True):
                 total["samples"] += 1

@@ -228,7 +228,15 @@ def _npy(codes: np.ndarray, codebook: int, key: str) -> bytes:
 
 def unit_of(index: Path) -> dict[str, Any]:
     """What the writer noted in an index file: digest, tar_bytes, quarantine."""
-    return json.loads((pq.read_schema(index).metadata or {})[b"unimodal"])
+    return unit_in(pq.read_schema(index))
+
+
+def unit_in(schema: pa.Schema) -> dict[str, Any]:
+    """`unit_of` a file that is open; raises `ValueError` if that was written by something else."""
+    note = (schema.metadata or {}).get(b"unimodal")
+    if note is None:
+        raise ValueError("unimodal tokenize did not write it")
+    return json.loads(note)
 
 
 def read_text(tar: int, offset: int, nbytes: int) -> str:

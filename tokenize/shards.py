@@ -20,9 +20,11 @@ import json
 import os
 import re
 import shutil
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,8 +33,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from unimodal.pipeline import large
 from unimodal.pipeline.clips import QUARANTINE, read_parquet, write_parquet
-from unimodal.pipeline.errors import UnimodalError, UsageError
+from unimodal.pipeline.errors import UnimodalError, UsageError, full_disk
 from unimodal.pipeline.files import atomic
 from unimodal.pipeline.kinds import mistaken
 from unimodal.tokenize.document import Image, Piece, Text, Video
@@ -43,6 +46,7 @@ from unimodal.tokenize.shard import (
     read_codes,
     read_text,
     shard_paths,
+    unit_in,
     unit_of,
     write_shard,
 )
@@ -54,7 +58,11 @@ FORMAT = 2
 HEADER = ("format", "vision_tokenizer", "vocabulary", "settings")
 """What of a manifest decides the bytes of shards."""
 
+PLACE = ("offset", "nbytes", *GRID)
+"""Columns of the index that tell where the codes of a row are, and their size."""
 _SHARD = re.compile(r"shard-[0-9]{5,9}\.tar")
+HELD = 100_000
+"""Samples of which the index is held in memory."""
 MAX_OPEN = 256
 """Tars that are kept open for reading."""
 
@@ -133,7 +141,7 @@ class ShardWriter:
             return False
         try:
             unit = unit_of(index)
-        except (OSError, ValueError, KeyError, pa.ArrowException):
+        except (OSError, ValueError, pa.ArrowException):
             return False
         return unit["digest"] == digest and unit["tar_bytes"] == tar.stat().st_size
 
@@ -274,30 +282,62 @@ class Shards:
 
     @cached_property
     def index(self) -> pa.Table:
-        """All rows of all shards, sorted by key: the columns of `INDEX`, then the scores."""
-        tables = []
-        for shard in self.manifest["shards"]:
-            tar = self.path / shard["name"]
-            try:
-                table = pq.read_table(tar.with_suffix(".parquet")).replace_schema_metadata()
-                columns = pa.schema(list(table.schema)[: len(INDEX)])
-            except (OSError, pa.ArrowException) as error:
-                raise UnimodalError(
-                    f"{tar.with_suffix('.parquet')} cannot be read ({error}): {_remedy(tar)}"
-                ) from error
-            foreign = set(table["shard"].to_pylist()) - {tar.name} if columns == INDEX else {"?"}
-            if foreign or len(table) != shard["samples"]:
-                raise UnimodalError(
-                    f"{tar.with_suffix('.parquet')} is not the index of {tar.name}: {_remedy(tar)}"
-                )
-            tables.append(table)
+        """All rows of all shards, sorted by key: the columns of `INDEX`, then the scores.
+
+        Of more than `HELD` samples they are not held in memory, but mapped: see `write_index`.
+        """
+        if len(self) > HELD:
+            with tempfile.TemporaryDirectory(prefix="unimodal-") as folder:
+                return large.mapped(self.write_index(Path(folder) / "index.arrow"))
+        tables = list(self._indexes())
         try:
-            return pa.concat_tables(tables).sort_by("key").combine_chunks()
+            return large.one_piece(large.sort_by(pa.concat_tables(tables), ["key"]))
         except pa.ArrowException as error:
-            raise UnimodalError(
-                f"the shards in {self.path} have different columns ({error}): "
-                "delete it and run the same unimodal tokenize again"
-            ) from error
+            raise self._unequal(error) from error
+
+    def write_index(self, file: Path) -> Path:
+        """Write `index` into an Arrow IPC file, for `large.mapped`; returns the file.
+
+        Raises `UnimodalError` where there is no room for it.
+        """
+        try:
+            tables = self._indexes()
+            first = next(tables, INDEX.empty_table())
+            large.write_sorted(chain([first], tables), first.schema, "key", file)
+        except pa.ArrowException as error:
+            raise self._unequal(error) from error
+        except OSError as error:
+            raise full_disk(error, file.parent) or error from error
+        return file
+
+    def _unequal(self, error: Exception) -> UnimodalError:
+        return UnimodalError(
+            f"the shards in {self.path} have different columns ({error}): "
+            "delete it and run the same unimodal tokenize again"
+        )
+
+    def _indexes(self) -> Iterator[pa.Table]:
+        """The index of each shard."""
+        return (self.part(number)[0] for number in range(len(self.manifest["shards"])))
+
+    def part(self, number: int) -> tuple[pa.Table, dict[str, Any]]:
+        """The index of one shard, and what its writer noted, see `unit_of`.
+
+        Raises `UnimodalError` for a file that cannot be read or is another's.
+        """
+        shard = self.manifest["shards"][number]
+        tar = self.path / shard["name"]
+        file = tar.with_suffix(".parquet")
+        try:
+            table = pq.read_table(file)
+            columns = pa.schema(list(table.schema)[: len(INDEX)])
+            unit = unit_in(table.schema)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise UnimodalError(f"{file} cannot be read ({error}): {_remedy(tar)}") from error
+        foreign = set(table["shard"].to_pylist()) - {tar.name} if columns == INDEX else {"?"}
+        if foreign or len(table) != shard["samples"]:
+            raise UnimodalError(f"{file} is not the index of {tar.name}: {_remedy(tar)}")
+        return table.replace_schema_metadata(), unit
 
     def row(self, key: str) -> int:
         """Row of the index of the sample called `key`; raises `UnimodalError` that names those
@@ -315,7 +355,7 @@ class Shards:
 
         Raises `UnimodalError` naming the shard if its bytes are not what the index says.
         """
-        number, offset, nbytes, *shape = self._places[row].tolist()
+        number, offset, nbytes, *shape = self._place(row)
         try:
             tar = self._tar(number)
             return read_codes(tar, offset, nbytes, tuple(shape), self.codebook_size)
@@ -329,7 +369,7 @@ class Shards:
         """
         pieces: list[Piece] = []
         try:
-            tar = self._tar(int(self._places[row, 0]))
+            tar = self._tar(self._place(row)[0])
             for told in self.index["segments"][row].as_py() or []:
                 place = (tar, told["offset"], told["nbytes"])
                 if told["kind"] == "text":
@@ -357,16 +397,23 @@ class Shards:
         path = self.path / tar
         return UnimodalError(f"{path} does not hold {what} {key} ({error}): {_remedy(path)}")
 
-    @cached_property
-    def _places(self) -> np.ndarray:
-        """Of each row: number of the shard, offset, nbytes, T, H, W; int64 [rows, 6].
+    def _place(self, row: int) -> list[int]:
+        """Of a row: number of the shard, offset, nbytes, T, H, W."""
+        firsts, places = self._places
+        number = bisect_right(firsts, row) - 1
+        return [int(column[row - firsts[number]]) for column in places[number]]
 
-        Values of Arrow, one by one, take as long as all the rest of reading.
-        """
+    @cached_property
+    def _places(self) -> tuple[list[int], list[list[np.ndarray]]]:
+        """First row of each batch of the index, and the columns of `_place` in it: values of Arrow,
+        one by one, take as long as all the rest of reading."""
         names = pa.array([shard["name"] for shard in self.manifest["shards"]], pa.string())
-        columns = [self.index[name].to_numpy() for name in ("offset", "nbytes", *GRID)]
-        numbers = pc.index_in(self.index["shard"], names).to_numpy()
-        return np.stack([numbers, *columns], axis=1).astype(np.int64)
+        firsts, places = [0], []
+        for batch in self.index.to_batches():
+            numbers = pc.index_in(batch["shard"], names).to_numpy()
+            places.append([numbers, *(batch[name].to_numpy() for name in PLACE)])
+            firsts.append(firsts[-1] + len(batch))
+        return firsts, places
 
     @property
     def codebook_size(self) -> int:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from unimodal.model.data import Batch
+from unimodal.model.data import Batch, Samples, share
 from unimodal.model.decoder import Decoder, DecoderConfig, Shape, initialise
 from unimodal.model.loss import weighted_cross_entropy
 from unimodal.model.parallel import MeshSettings, joined, whole
 from unimodal.model.recipe import TrainSettings
 from unimodal.model.train import train
+from unimodal.tokenize import shards
 
 # 301 ids: no mesh splits the head evenly. Tensor 2 leaves one key head to each process.
 SHAPE = Shape(width=32, layers=2, heads=4, kv_heads=2, ffn=48, init_std=0.2, qk_norm=True)
@@ -127,6 +128,19 @@ def run(world: int, function: Callable[..., None], *given: Any) -> None:
     assert [process.exitcode for process in processes] == [0] * world
 
 
-def trained(out: Path, shards: Path, settings: TrainSettings) -> None:
+def shared(out: Path, path: Path) -> None:
+    """Open shards whose index counts as large, of which the first process alone may read files."""
+    shards.HELD = 0
+    with joined(MeshSettings(replicate=2), "cpu") as mesh:
+        opened = [shards.Shards.open(path)] * 2
+        if mesh.rank:
+            opened[0].part = None  # type: ignore[assignment]
+        share(opened, mesh)
+        samples = Samples(opened)
+        found = [opened[0].index.to_pylist(), samples.digests(), int(samples.lengths.sum())]
+        (out / f"{mesh.rank}.json").write_text(json.dumps(found))
+
+
+def trained(out: Path, path: Path, settings: TrainSettings) -> None:
     """A run of the trainer, as `unimodal train` makes it."""
-    train([shards], out, settings)
+    train([path], out, settings)

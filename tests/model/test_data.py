@@ -32,7 +32,9 @@ from unimodal.model.data import (
     validation,
 )
 from unimodal.model.samples import draw, hashed
+from unimodal.pipeline import large
 from unimodal.pipeline.errors import UnimodalError
+from unimodal.tokenize import shards as shards_module
 from unimodal.tokenize.document import (
     Image,
     Part,
@@ -223,6 +225,34 @@ def test_an_index_that_disagrees_with_its_captions_is_named(tiny_shards: Shards)
     with pytest.raises(UnimodalError, match="run tokenize again"):
         for _ in range(3):
             next(Loader(Samples([fake]), SETTINGS, 0))
+
+
+def test_a_mapped_index_gives_what_one_in_memory_does(
+    tmp_path: Path,
+    tiny_shards: Shards,
+    make_shards: Callable[..., Shards],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes = [np.full((1, 2, 2), i) for i in range(9)]
+    more = make_shards(tmp_path, codes, [[f"picture {i}"] * (i % 3) for i in range(9)])
+    settings = SETTINGS.model_copy(update={"styles": ["long"]})
+    found = []
+    for held, batch in ((100, 100), (0, 4)):
+        monkeypatch.setattr(shards_module, "HELD", held)
+        monkeypatch.setattr(large, "BATCH", batch)
+        opened = [Shards.open(one.path) for one in (tiny_shards, more)]
+        assert all((one.index["key"].num_chunks == 1) == (held > 0) for one in opened)
+        for each in (SETTINGS, settings):
+            samples = Samples(opened, each.styles)
+            loader = Loader(samples, each, 0)
+            said = [
+                samples.caption(row, which)
+                for row in range(len(samples.tasks))
+                for which in range(int(samples.captions(row)))
+            ]
+            batches = [next(loader) for _ in range(8)]
+            found.append([samples.digests(), said, [(b.ids.tolist(), b.keys) for b in batches]])
+    assert found[:2] == found[2:] and found[0] != found[1]
 
 
 def test_styles_choose_among_captions(tiny_shards: Shards) -> None:
@@ -549,7 +579,7 @@ def _lengths_alone(sizes: np.ndarray) -> Samples:
     samples.shards = [SimpleNamespace(path="sizes")]
     samples.lengths, samples.tasks = sizes, np.zeros(count, np.uint8)
     samples.hashes, samples.starts = np.arange(count, dtype=np.uint64), np.array([0, count])
-    samples._first, samples._tokens = np.zeros(count + 1, np.int64), np.zeros(0, np.int64)
+    samples._first, samples._tokens = np.zeros(count + 1, np.int64), np.zeros(1, np.int32)
     samples._dropped = np.zeros((count, 3), np.int32)
     samples.rows = {"train": np.arange(count), "val": np.arange(0)}
     return samples

@@ -115,6 +115,19 @@ def test_any_mesh_goes_on_with_any_others_checkpoint(
             assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_one_process_of_a_machine_reads_a_large_index_for_all(
+    tmp_path: Path, tiny_shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    ranks.run(2, ranks.shared, tmp_path, tiny_shards.path)
+    samples = Samples([tiny_shards] * 2)
+    alone = [tiny_shards.index.to_pylist(), samples.digests(), int(samples.lengths.sum())]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
+    assert not any((tmp_path / "tmp").glob("unimodal-*"))  # nothing is left
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("lengths", [[24], [1, 22, 1], [5, 7, 12], [12, 12], [3] * 8, [2, 1] * 8])
 def test_a_shared_sequence_attends_as_a_whole_one(lengths: list[int], count: int) -> None:

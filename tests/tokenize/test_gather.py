@@ -223,10 +223,18 @@ def test_an_index_that_disagrees_with_its_tar_is_an_error(
         gather([a], "true", tmp_path / "c")
     table = pq.read_table(a / "shard-00001.parquet")
     tar.write_bytes(data)
-    rows = [row | {"offset": row["offset"] + 512} for row in table.to_pylist()]
     metadata = {"unimodal": table.schema.metadata[b"unimodal"].decode()}
-    shifted = table.from_pylist(rows, schema=table.schema)
-    write_parquet(shifted, a / "shard-00001.parquet", metadata)
+
+    def shift(name: str, by: int) -> None:
+        rows = [row | {name: row[name] + by} for row in table.to_pylist()]
+        shifted = table.from_pylist(rows, schema=table.schema)
+        write_parquet(shifted, a / "shard-00001.parquet", metadata)
+
+    for name in ("offset", "nbytes"):  # no memory is asked for that is not there
+        shift(name, 2**50)
+        with pytest.raises(UnimodalError, match=r"shard-00001\.tar does not hold \w+ where its"):
+            gather([a], "true", tmp_path / name)
+    shift("offset", 512)
     found = gather([a], "true", tmp_path / "d")
     with pytest.raises(UnimodalError, match="does not hold the codes of k0005"):
         content(found)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -128,9 +129,20 @@ def test_a_caption_of_a_stretch_goes_to_its_window(tmp_path: Path, block_mean: A
     ]
 
 
-def test_what_cannot_be_refreshed_is_one_clear_error(tmp_path: Path, photos: Path) -> None:
+def test_what_cannot_be_refreshed_is_one_clear_error(
+    tmp_path: Path, photos: Path, block_mean: Any
+) -> None:
     run = run_of(tmp_path / "a", photos, "a")
     with pytest.raises(UnimodalError, match="no clips at"):
         refresh(tmp_path, tmp_path / "s")
     with pytest.raises(UnimodalError, match="no shards at"):
+        refresh(run, tmp_path / "s")
+    shards = tokenize(run, tmp_path / "s", SMALL, tokenizer=block_mean)
+    index = shards.path / "shard-00001.parquet"
+    table = pq.read_table(index)
+    write_parquet(table.replace_schema_metadata(), index)
+    with pytest.raises(UnimodalError, match=r"cannot be read \(unimodal tokenize did not write it"):
+        refresh(run, tmp_path / "s")
+    index.write_bytes(b"none of ours")
+    with pytest.raises(UnimodalError, match=r"shard-00001\.parquet cannot be read"):
         refresh(run, tmp_path / "s")

@@ -17,20 +17,23 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import platform
+import re
 import resource
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset
@@ -40,7 +43,7 @@ from unimodal.model.decoder import Decoder, DecoderConfig
 from unimodal.model.loss import weighted_cross_entropy
 from unimodal.model.packing import pack
 from unimodal.model.recipe import settings_from
-from unimodal.tokenize.shards import INDEX, Sample, Shards, ShardWriter
+from unimodal.tokenize.shards import Sample, Shards, ShardWriter
 from unimodal.tokenize.vocabulary import Vocabulary
 
 CODEBOOK = 32_768
@@ -209,51 +212,84 @@ def share(folder: Path, repeat: int) -> None:
     print(f"\n`tiny`: a pack {load:.1f} ms, its step {step:.0f} ms: {part:.2%} of the time")
 
 
-def plans(counts: list[int]) -> None:
-    """Print what a plan of many rows takes, and the memory of their index."""
+def plans(counts: list[int], folder: Path) -> None:
+    """Print what opening an index takes, and a plan of its rows; memory is what is not mapped."""
     print(
-        "| rows | columns, s | plan of 65,536 documents, s | peak memory with the index, MiB |\n"
-        + "|---|---|---|---|"
+        "| rows | captions, MB | index, s | columns, s | plan of 65,536 documents, s | "
+        "memory, MiB | most, MiB | a row, kB |\n|" + 8 * "---|"
     )
-    vocabulary = Vocabulary.bytes(CODEBOOK)
     for count in counts:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        shards: Any = SimpleNamespace(
-            index=index(count, vocabulary), vocabulary=vocabulary, codes=None, segments=None
-        )
-        start = time.perf_counter()
+        said = described(folder / str(count), count)
+        print(f"| {count:,} | {said / 1e6:,.0f} ", end="", flush=True)
+        new = multiprocessing.get_context("spawn").Process(target=opened, args=(folder, count))
+        new.start()
+        new.join()
+
+
+def opened(folder: Path, count: int) -> None:
+    """The rest of a row of `plans`, in a process that has held nothing before."""
+    with Peak() as memory:
+        times = [time.perf_counter()]
+        shards = Shards.open(folder / str(count))
+        shards.index  # noqa: B018
+        times.append(time.perf_counter())
         loader = Loader(Samples([shards]), DataSettings(context=4096), 0)
-        made = time.perf_counter()
+        times.append(time.perf_counter())
         loader.plan  # noqa: B018
-        planned = time.perf_counter() - made
-        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        print(f"| {count:,} | {made - start:.2f} | {planned:.2f} | {more:.0f} |", flush=True)
+        times.append(time.perf_counter())
+        held = own_memory() - memory.before
+    cells = [f"{after - before:.2f}" for before, after in pairwise(times)]
+    cells += [f"{held:.0f}", f"{memory.most:.0f}", f"{held * 1024 / count:.2f}"]
+    print("|", " | ".join(cells), "|", flush=True)
 
 
-def index(count: int, vocabulary: Vocabulary) -> pa.Table:
-    """An index of pictures with two captions."""
+class Peak:
+    """What this process holds at most of its own, beyond what it did before; MiB."""
+
+    def __enter__(self) -> Peak:
+        self.before, self.most, self._over = own_memory(), 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._over.wait(0.02):
+            self.most = max(self.most, own_memory() - self.before)
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def own_memory() -> float:
+    """MiB that this process holds, without files that are mapped."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"RssAnon:\s*(\d+) kB", status)[0]) / 1024
+
+
+def described(out: Path, count: int) -> int:
+    """Shards of tiny pictures, each with a dense caption of 1,500 bytes and a short one, as large
+    models write them; returns the bytes of all captions."""
     rng = np.random.default_rng(0)
-    texts = [captions(rng, vocabulary) for _ in range(1000)]
-    side = rng.choice([8, 16, 24, 32], count).astype(np.int32)
-    columns: dict[str, Any] = {
-        field.name: pa.nulls(count, field.type) if field.nullable else [""] * count
-        for field in INDEX
-    }
-    columns |= {
-        "key": [f"key{row:08d}" for row in range(count)],
-        "offset": np.zeros(count, np.int64),
-        "nbytes": np.zeros(count, np.int64),
-        "kind": ["image"] * count,
-        "frames": np.ones(count, np.int32),
-        "height": side,
-        "width": side,
-        "split": ["train"] * count,
-        "captions": pa.array(
-            [texts[row % 1000] for row in range(count)], INDEX.field("captions").type
-        ),
-        "task": ["caption"] * count,
-    }
-    return pa.table(columns, schema=INDEX)
+    tokenizer = SimpleNamespace(
+        codebook_size=CODEBOOK, spatial_factor=8, digest="0" * 64, save=lambda path: path.mkdir()
+    )
+    writer = ShardWriter(out, tokenizer, Vocabulary.bytes(CODEBOOK), {})
+    keys, codes = rng.permutation(count), np.zeros((1, 2, 2), np.int64)
+    for number, start in enumerate(range(0, count, 2048)):
+        samples = []
+        for key in keys[start : start + 2048].tolist():
+            texts = rng.bytes(750).hex(), rng.bytes(50).hex()
+            said = [
+                {"style": style, "lang": "en", "text": text, "tokens": len(text)}
+                for style, text in zip(("dense", "short"), texts, strict=True)
+            ]
+            name, digest = f"{key:032x}", f"{key:064x}"
+            rest = {"kind": "image", "split": "train", "source_sha256": digest}
+            samples.append(Sample(key=name, uid=name, codes=codes, captions=said, **rest))
+        writer.write(number, "unit", samples)
+    writer.finish(number + 1)
+    return count * 1600
 
 
 def main() -> None:
@@ -263,13 +299,13 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=5, help="rounds of each mix")
     parser.add_argument("--vocabulary", default="bytes", help="bytes, or emu3:FILE")
-    parser.add_argument("--rows", type=int, nargs="*", default=[65_536, 1_000_000])
+    parser.add_argument("--rows", type=int, nargs="*", default=[65_536, 1_500_000])
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     print(f"{platform.machine()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}\n")
-    plans(given.rows)  # first, as the peak of memory is that of the process
     vocabulary = Vocabulary.named(given.vocabulary, CODEBOOK)
     with tempfile.TemporaryDirectory() as folder:
+        plans(given.rows, Path(folder))
         compare(Path(folder), given.repeat, vocabulary)
         share(Path(folder) / "tiny", 4 * given.repeat)
 

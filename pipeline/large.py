@@ -21,7 +21,7 @@ from unimodal.pipeline.clips import BATCH
 
 WHOLE = 1 << 30
 """Bytes of a table, in all columns, that is still made one piece."""
-SLICE = 1 << 28
+SLICE = 1 << 25
 """Bytes that are put in order at a time, about."""
 
 
@@ -79,6 +79,7 @@ def write_sorted(tables: Iterable[pa.Table], schema: pa.Schema, by: str, file: P
         rows = mapped(first)
         order = pc.sort_indices(rows, sort_keys=[(by, "ascending")])
         _write(slices(rows, order), schema, file)
+    pa.default_memory_pool().release_unused()
 
 
 def mapped(file: Path) -> pa.Table:
@@ -88,11 +89,11 @@ def mapped(file: Path) -> pa.Table:
 
 
 def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Tables of at least `BATCH` rows."""
+    """Tables of some thousand rows, as each takes time of its own."""
     held: list[pa.Table] = []
     for table in tables:
         held.append(table)
-        if sum(map(len, held)) >= BATCH:
+        if sum(map(len, held)) >= BATCH or sum(one.nbytes for one in held) >= SLICE:
             yield pa.concat_tables(held).combine_chunks()
             held = []
     if held:

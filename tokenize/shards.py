@@ -61,7 +61,7 @@ HEADER = ("format", "vision_tokenizer", "vocabulary", "settings")
 PLACE = ("offset", "nbytes", *GRID)
 """Columns of the index that tell where the codes of a row are, and their size."""
 _SHARD = re.compile(r"shard-[0-9]{5,9}\.tar")
-HELD = 100_000
+HELD = 1 << 13
 """Samples of which the index is held in memory."""
 MAX_OPEN = 256
 """Tars that are kept open for reading."""
@@ -294,6 +294,8 @@ class Shards:
             return large.one_piece(large.sort_by(pa.concat_tables(tables), ["key"]))
         except pa.ArrowException as error:
             raise self._unequal(error) from error
+        finally:
+            pa.default_memory_pool().release_unused()
 
     def write_index(self, file: Path) -> Path:
         """Write `index` into an Arrow IPC file, for `large.mapped`; returns the file.

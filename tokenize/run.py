@@ -127,19 +127,26 @@ def tokenize(
                     progress.note(f"{resumed} of {plan.count} shards were there already")
         except OSError as error:
             raise full_disk(error, out) or error from error
+    _tell_totals(shards, before, settings, progress)
+    return shards
+
+
+def _tell_totals(
+    shards: Shards, before: int, settings: TokenizeSettings, progress: Progress
+) -> None:
+    """Say what may surprise of finished shards, of which there were `before` samples."""
     totals = shards.manifest["totals"]
     if totals["samples"] < before:
         progress.note(
             f"{before:,} samples were here, now {totals['samples']:,}: shards follow their input"
         )
     if totals["quarantined"]:
-        why = out / "quarantine.parquet"
+        why = shards.path / "quarantine.parquet"
         progress.note(f"{totals['quarantined']} inputs were left out: {why} says why")
     if settings.val_fraction and not totals["val"]:
         progress.note(
             "no source fell into the validation split: to have one, --set val_fraction=0.1 or more"
         )
-    return shards
 
 
 def _samples(out: Path) -> int:

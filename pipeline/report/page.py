@@ -188,40 +188,10 @@ def _rules(facts: Facts) -> Html:
         if not rule.drops.any() and not _measured(rule):
             idle.append(rule)
             continue
-        first = rule.drops & ~gone
+        before = gone
+        gone = gone | rule.drops
         alone = int((rule.drops & (times == 1)).sum())
-        before = int(gone.sum())
-        gone |= rule.drops
-        left = clips - int(gone.sum())
-        total = int(rule.drops.sum())
-        parts = [("left", left), ("alone", alone), ("shared", int(first.sum()) - alone)]
-        problem = _problem(rule)
-        rows.append(
-            h(
-                "tr",
-                h(
-                    "th",
-                    h("code", keeps(rule)),
-                    h("span", f"{rule.about} · {rule.named}", class_="about"),
-                    h("span", problem, class_="badge") if problem else None,
-                    bar(
-                        [*parts, ("gone", before)],
-                        clips,
-                        f"{left} left, {alone} dropped by this rule only, "
-                        f"{int(first.sum()) - alone} by a later one too, {before} dropped before",
-                    ),
-                    scope="row",
-                ),
-                h(
-                    "td",
-                    f"{total:,}",
-                    h("small", share(total, int((rule.passes | rule.drops).sum()))),
-                ),
-                h("td", f"{alone:,}"),
-                h("td", f"{left:,}"),
-                data_rule=place if total else None,
-            )
-        )
+        rows.append(_rule(rule, place, before, gone, alone))
     unused = None
     if idle:
         listed = join(h("li", h("code", keeps(r)), f", {r.about}") for r in idle)
@@ -229,6 +199,7 @@ def _rules(facts: Facts) -> Html:
         unused = h("details", h("summary", title), h("ul", listed))
     if not rows:
         return join([h("p", "No rule has judged anything: all is kept."), unused])
+    heads = (h("th", head, scope="col") for head in ("keep if", "drops", "alone", "left"))
     return Html(
         h(
             "p",
@@ -244,22 +215,32 @@ def _rules(facts: Facts) -> Html:
             key("gone", "dropped before"),
             class_="key",
         )
-        + h(
-            "table",
-            h(
-                "thead",
-                h(
-                    "tr",
-                    h("th", "keep if", scope="col"),
-                    h("th", "drops", scope="col"),
-                    h("th", "alone", scope="col"),
-                    h("th", "left", scope="col"),
-                ),
-            ),
-            h("tbody", rows),
-            class_="rules",
-        )
+        + h("table", h("thead", h("tr", *heads)), h("tbody", rows), class_="rules")
         + join(unused)
+    )
+
+
+def _rule(rule: Judged, place: int, before: np.ndarray, gone: np.ndarray, alone: int) -> Html:
+    """A row of the table of rules; bool [N]: the clips that are dropped before it, and with it."""
+    clips, shared = len(gone), int((rule.drops & ~before).sum()) - alone
+    left, earlier = clips - int(gone.sum()), int(before.sum())
+    parts = [("left", left), ("alone", alone), ("shared", shared), ("gone", earlier)]
+    said = f"{left} left, {alone} dropped by this rule only, {shared} by a later one too, "
+    problem = _problem(rule)
+    return h(
+        "tr",
+        h(
+            "th",
+            h("code", keeps(rule)),
+            h("span", f"{rule.about} · {rule.named}", class_="about"),
+            h("span", problem, class_="badge") if problem else None,
+            bar(parts, clips, f"{said}{earlier} dropped before"),
+            scope="row",
+        ),
+        h("td", f"{rule.dropped:,}", h("small", share(rule.dropped, rule.judged))),
+        h("td", f"{alone:,}"),
+        h("td", f"{left:,}"),
+        data_rule=place if rule.dropped else None,
     )
 
 

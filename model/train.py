@@ -159,20 +159,8 @@ def _train(
             file.write_text(json.dumps(about, indent=2) + "\n")
         with atomic(out / "config.toml") as file:
             file.write_text(to_toml(settings.model_dump(mode="json")))
-    clock = Clock(total=settings.steps)
-    cursor: dict[str, Any] = {}
     losses = LossByKind((*KINDS, *MEANS) if isinstance(samples, Triplets) else KINDS)
-    if previous is not None:
-        state = load_step(previous, learners)
-        cursor = state["cursor"]
-        clock = Clock(state["step"], settings.steps, state["tokens"], state["elapsed_s"])
-        if settings.minutes is not None:
-            same = state.get("asked") == [settings.steps, settings.minutes]
-            total = state["total"] if same else clock.fitting(settings.steps, settings.minutes)
-            clock.total = int(mesh.most(total))
-        if mesh.leads:
-            losses.restore(state["losses"])
-        progress.note(f"resuming at step {clock.step} of {clock.total}")
+    clock, cursor = _resumed(previous, learners, settings, mesh, losses, progress)
     loader: Loader | Pairs
     if isinstance(samples, Triplets):
         place = _place(Position, cursor, out)
@@ -199,6 +187,29 @@ def _train(
         if run.record is not None:
             run.record.close()
     return out
+
+
+def _resumed(
+    previous: Path | None,
+    learners: Learners,
+    settings: TrainSettings,
+    mesh: Mesh,
+    losses: LossByKind,
+    progress: Progress,
+) -> tuple[Clock, dict[str, Any]]:
+    """The clock and the place in the data that a run goes on from; fills learners and losses."""
+    if previous is None:
+        return Clock(total=settings.steps), {}
+    state = load_step(previous, learners)
+    clock = Clock(state["step"], settings.steps, state["tokens"], state["elapsed_s"])
+    if settings.minutes is not None:
+        same = state.get("asked") == [settings.steps, settings.minutes]
+        total = state["total"] if same else clock.fitting(settings.steps, settings.minutes)
+        clock.total = int(mesh.most(total))
+    if mesh.leads:
+        losses.restore(state["losses"])
+    progress.note(f"resuming at step {clock.step} of {clock.total}")
+    return clock, state["cursor"]
 
 
 def _must_be_ours(out: Path) -> None:

@@ -23,7 +23,15 @@ import pyarrow.compute as pc
 from unimodal.pipeline import caption, decide, dedup, large, score, view
 from unimodal.pipeline.captioning import describe
 from unimodal.pipeline.captioning.store import Store
-from unimodal.pipeline.clips import CLIPS, DEDUP, MATCH, read_parquet, write_parquet
+from unimodal.pipeline.clips import (
+    BATCH,
+    CLIPS,
+    DEDUP,
+    MATCH,
+    first_text,
+    read_parquet,
+    write_parquet,
+)
 from unimodal.pipeline.engine import run_jobs
 from unimodal.pipeline.errors import UnimodalError
 from unimodal.pipeline.parts import Part, digest
@@ -268,10 +276,10 @@ def _describe(work: Work, clips: pa.Table, store: Store) -> bool:
 def _forget_stale(folder: Path, clips: pa.Table) -> None:
     """Remove what match found in parts of which a clip's first caption is another one now."""
     wanted: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    texts = score.first_texts(clips)
-    for row in clips.select(["uid", "part"]).to_pylist():
-        if text := texts.get(row["uid"]):
-            wanted[row["part"]].add((row["uid"], score.text_digest(text)))
+    for some in clips.select(["uid", "part", "captions"]).to_batches(BATCH):
+        for row in some.to_pylist():
+            if text := first_text(row):
+                wanted[row["part"]].add((row["uid"], score.text_digest(text)))
     for part, pairs in wanted.items():
         file = PartFiles(folder, part).rows
         if file.exists():

@@ -17,8 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from unimodal.pipeline import large
 from unimodal.pipeline.captioning.answers import OK, read_answer, reasons
 from unimodal.pipeline.captioning.captioner import NO_FRAMES, Answer, Captioner, Failure
 from unimodal.pipeline.captioning.prompt import Prompt, load_prompt
@@ -226,10 +229,16 @@ def by_clip(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 def with_descriptions(clips: pa.Table, store: Store, first: str) -> pa.Table:
     """Clips with the store's captions beside those of people; `first` is model or people."""
-    found = by_clip(store.rows(["uid", "captions"]).to_pylist())
+    answers = store.rows(["uid", "captions"])  # sorted by uid
+    runs = pc.run_end_encode(answers.column("uid").combine_chunks(), pa.int64())
+    bounds = np.concatenate([[0], runs.run_ends.to_numpy()])
     at = clips.schema.get_field_index("captions")
     columns = []
     for some in clips.select(["uid", "captions"]).to_batches(BATCH):
+        numbers = pc.index_in(some["uid"], runs.values).drop_null().to_numpy()
+        wanted = [np.arange(*bounds[number : number + 2]) for number in np.unique(numbers)]
+        theirs = large.take(answers, np.concatenate([np.zeros(0, np.int64), *wanted]))
+        found = by_clip(theirs.to_pylist())
         rows = []
         for row in some.to_pylist():
             own, said = found.get(row["uid"], []), row["captions"] or []
@@ -241,17 +250,15 @@ def with_descriptions(clips: pa.Table, store: Store, first: str) -> pa.Table:
 
 def refused(store: Store, clips: pa.Table) -> list[dict[str, str]]:
     """Quarantine rows of the clips that could not be described."""
-    failed = [
-        row
-        for row in store.rows(["uid", "piece", "status", "detail"]).to_pylist()
-        if row["status"] != OK
-    ]
-    if not failed:
+    answers = store.rows(["uid", "piece", "status", "detail"])
+    failed = answers.filter(pc.not_equal(answers.column("status"), OK))
+    if not failed.num_rows:
         return []
-    pairs = clips.select(["uid", "uri", "part"]).to_pylist()
-    where = {row["uid"]: row for row in pairs}
+    places = clips.select(["uid", "uri", "part"])
+    places = places.filter(pc.is_in(places.column("uid"), failed.column("uid").combine_chunks()))
+    where = {row["uid"]: row for row in places.to_pylist()}
     rows = []
-    for row in failed:
+    for row in failed.to_pylist():
         if (clip := where.get(row["uid"])) is not None:
             piece = f", piece {row['piece']}" if row["piece"] else ""
             why = f"clip {row['uid']}{piece}: {row['status']}"

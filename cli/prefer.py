@@ -44,6 +44,7 @@ def prefer(
     from unimodal.cli import console
     from unimodal.model import prefer as maker
     from unimodal.model.sample import Sampler
+    from unimodal.pipeline.files import sweep
     from unimodal.pipeline.lock import run_lock
     from unimodal.pipeline.settings import build
     from unimodal.tokenize.device import usable
@@ -54,6 +55,7 @@ def prefer(
     source = Path(console.from_stdin(checkpoint))
     progress = console.progress(quiet)
     with run_lock(out, progress):
+        sweep(out)
         sampler = Sampler.load(source, usable(device))
         made = maker.prefer(sampler, source, texts, out, settings, scorers, votes or (), progress)
     console.table(f"preferences in {out}", list(made.counts.items()), quiet)

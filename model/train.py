@@ -51,7 +51,7 @@ from unimodal.model.recipe import TrainSettings, check_resumed, learning_rate
 from unimodal.model.records import read_about
 from unimodal.model.samples import TASKS, draw, hashed
 from unimodal.pipeline.errors import UnimodalError, UsageError
-from unimodal.pipeline.files import atomic
+from unimodal.pipeline.files import atomic, sweep
 from unimodal.pipeline.kinds import mistaken
 from unimodal.pipeline.lock import first_rank_lock
 from unimodal.pipeline.progress import Progress
@@ -154,6 +154,7 @@ def _train(
     if previous is None:
         start(learners, settings.seed, init, about)
     if mesh.is_main:
+        sweep(out)
         keep_inputs(out, source, previous is not None)
         with atomic(out / "data.json") as file:
             file.write_text(json.dumps(about, indent=2) + "\n")

@@ -15,6 +15,13 @@ def _umask() -> int:
     return mask
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in a folder of ours; call it with the folder's lock held."""
+    for left in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
+        if left.is_file():
+            left.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place if the block succeeds.

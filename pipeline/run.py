@@ -27,7 +27,7 @@ from unimodal.pipeline.captioning.describe import Open, prompt_of
 from unimodal.pipeline.clips import CLIPS, read_parquet
 from unimodal.pipeline.engine import choose
 from unimodal.pipeline.errors import UsageError, telling_full_disk
-from unimodal.pipeline.files import atomic
+from unimodal.pipeline.files import atomic, sweep
 from unimodal.pipeline.inputs import list_inputs
 from unimodal.pipeline.kinds import mistaken
 from unimodal.pipeline.lock import run_lock
@@ -36,7 +36,7 @@ from unimodal.pipeline.presets import PRESETS, CurateSettings
 from unimodal.pipeline.progress import Progress
 from unimodal.pipeline.settings import build
 from unimodal.pipeline.source import Source
-from unimodal.pipeline.stage import PartFiles, sweep
+from unimodal.pipeline.stage import PartFiles
 from unimodal.pipeline.stages import part_stages
 from unimodal.pipeline.work import Describing, Engine, Work, do_steps, join, part_steps, store_of
 

@@ -80,9 +80,3 @@ class PartFiles:
             with atomic(self.frames) as temporary:
                 write_frames(temporary)
         write_parquet(rows, self.rows)
-
-
-def sweep(run: Path) -> None:
-    """Remove temporary files that a killed run left behind; call it with the run's lock held."""
-    for leftover in [*run.glob(".*.tmp"), *run.glob("*-*/.*.tmp")]:
-        leftover.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unimodal.pipeline.clips import read_parquet, write_parquet
+from unimodal.pipeline.files import sweep
 from unimodal.pipeline.lock import run_lock
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.plan import (
@@ -44,6 +45,7 @@ def refresh(run_dir: Path, out: Path, progress: Progress | None = None) -> dict[
     uids = said["uid"].combine_chunks()
     with run_lock(out, progress):
         shards = Shards.open(out)
+        sweep(out)
         digests = dict(_digests(run_dir, shards))
         total = dict.fromkeys(("samples", "changed", "unknown", "shards"), 0)
         progress.begin(TASK, len(shards.manifest["shards"]), "shards")

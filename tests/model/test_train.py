@@ -118,7 +118,11 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_and_repeats_no_metrics(
     with pytest.raises(Killed):
         train([tiny_shards.path], tmp_path / "parts", settings, progress=KillAt())
     assert latest_step(tmp_path / "parts") == tmp_path / "parts" / "step-00000003"
+    left = tmp_path / "parts" / "samples" / ".step-00000003.png.7.tmp"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"half")
     train([tiny_shards.path], tmp_path / "parts", settings)
+    assert not left.exists()
     assert _records(tmp_path / "parts") == _records(tmp_path / "whole")
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from unimodal.pipeline.clips import WATCH, table
+from unimodal.pipeline.files import sweep
 from unimodal.pipeline.presets import CurateSettings
 from unimodal.pipeline.settings import build
-from unimodal.pipeline.stage import PartFiles, Stage, sweep
+from unimodal.pipeline.stage import PartFiles, Stage
 
 
 def test_the_folder_covers_version_settings_and_inputs() -> None:

@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unimodal.pipeline.errors import UnimodalError, UsageError
-from unimodal.pipeline.files import atomic
+from unimodal.pipeline.files import atomic, sweep
 from unimodal.pipeline.lock import first_rank_lock
 from unimodal.pipeline.progress import Progress
 from unimodal.tokenize.device import out_of_memory
@@ -101,6 +101,8 @@ def _train(
     spans = list_spans(inputs)
     data_digest = hashlib.sha256(repr(spans).encode()).hexdigest()
     previous = checkpoint.find(out, settings, data_digest)
+    if ranks.rank == 0:
+        sweep(out)
     torch.manual_seed(settings.seed)
     model = MoVQ(cfg)
     if weights is not None and previous is None:

@@ -106,7 +106,11 @@ def test_a_training_stopped_by_sigterm_and_resumed_ends_with_the_same_bytes(
     with pytest.raises(Interrupted, match=r"step 2 of 6.*same command"):
         train_tokenizer([pictures], tmp_path, _settings(), progress=_Kill())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    left = tmp_path / "grids" / ".000003.png.7.tmp"  # of a process that was killed
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"half")
     train_tokenizer([pictures], tmp_path, _settings())
+    assert not left.exists()
     ours, theirs = (load_file(d / "state.safetensors") for d in (tmp_path, whole))
     parts = {name.partition(".")[0] for name in ours}
     assert parts == {"model", "average", "optimizer", "book", "judge", "judge_optimizer"}

@@ -209,7 +209,8 @@ def film(path: Path, seed: int, count: int = 24, size: tuple[int, int] = (96, 12
 
     rng = np.random.default_rng(seed)
     codec = {".webm": "libvpx", ".avi": "mpeg4"}.get(path.suffix, "libx264")
-    with av.open(str(path), "w") as container:
+    # Matroska's muxer writes random numbers otherwise.
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=12)
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"

@@ -15,10 +15,16 @@ def _umask() -> int:
     return mask
 
 
+_TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")
+
+
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder of ours; call it with the folder's lock held."""
+    """Remove what killed writers left in a folder of ours; call it with the folder's lock held.
+
+    Only names that `atomic` gives: any other .tmp is somebody else's.
+    """
     for left in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
-        if left.is_file():
+        if _TEMPORARY.fullmatch(left.name) and left.is_file():
             left.unlink(missing_ok=True)
 
 

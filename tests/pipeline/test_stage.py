@@ -53,5 +53,7 @@ def test_rows_are_committed_last(tmp_path: Path) -> None:
     assert not files.done()
     leftover = tmp_path / "watch-1" / ".p.frames.tar.7.tmp"
     leftover.write_bytes(b"half")
+    theirs = tmp_path / "watch-1" / ".notes.tmp"
+    theirs.write_bytes(b"of somebody else")
     sweep(tmp_path)
-    assert not leftover.exists()
+    assert not leftover.exists() and theirs.exists()
